@@ -1,0 +1,258 @@
+"""The whole configuration, typed: one section per stage, read from TOML and `--section.field value` overrides.
+
+Imports neither torch nor transformers, so that `--help` and `--print-config` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where the run lives, how long it is, and who watches it."""
+
+    name: str = Field("run", description="The run directory is DIR/NAME; an existing one is never overwritten.")
+    dir: Path = Field(Path("runs"), description="Parent of all run directories.")
+    seed: int = Field(0, description="Seeds prompts, sampling and selection.")
+    steps: Positive = Field(100, description="Optimizer steps in the whole run.")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="Besides metrics.jsonl, which is always written."
+    )
+
+
+class DataConfig(Section):
+    """Prompts, or multi-response data with rewards (then rollout.engine = "data")."""
+
+    train: str = Field(..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).")
+    eval: str | None = Field(None, description="Held-out prompts, same formats.")
+    max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out and counted.")
+    max_overlong_share: Share = Field(0.1, description="More over-long prompts than this share is an error.")
+
+
+class ModelConfig(Section):
+    path: str = Field(..., description="A HuggingFace model directory or name, or package:smollm2-135m-instruct.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute only; parameters stay float32.")
+    attention: Literal["auto", "segments", "unshared"] = Field(
+        "auto", description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers", "data"] = Field("transformers", description="data: responses come from data.train.")
+    n: Annotated[int, Field(ge=2)] = Field(8, description="Candidates per prompt.")
+    prompts_per_round: Count = Field(0, description="Prompts answered before training on them; 0: one step's worth.")
+    updates_per_round: Positive = Field(1, description="Passes over a round's groups before the next round.")
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = Field(0, description="0: off.")
+    max_new_tokens: Positive = 64
+    batch_rows: Positive = Field(64, description="Candidates decoded together.")
+    truncated: Literal["negative", "exclude", "keep"] = Field(
+        "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
+    )
+
+
+class RewardConfig(Section):
+    kind: str = Field("relevance", description="relevance, data, classifier:PATH, or MODULE:FUNCTION(prompts, responses) -> floats.")
+    normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
+        "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
+    )
+    max_missing_share: Share = Field(0.2, description="More NaN or missing rewards than this share stops the run.")
+    tol: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread."
+    )
+
+
+class EmbedConfig(Section):
+    model: str = Field("package:all-minilm-l6-v2", description='A sentence encoder, or "policy": mean-pooled hidden states.')
+    batch_rows: Positive = 64
+
+
+class SelectConfig(Section):
+    strategy: Literal["bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random"] = "opt_select"
+    k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
+    coverage: Literal["candidates", "all"] = "candidates"
+
+
+class LossConfig(Section):
+    name: str = Field("AMPO", description="A class of ampo_fast.losses.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Its fields: --loss.params.beta 10.")
+    nll_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Adds this times the positive's mean NLL.")
+
+
+class OptimConfig(Section):
+    prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
+    micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
+    warmup_ratio: Share = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class EvalConfig(Section):
+    every: Count = Field(0, description="Steps between evaluations; 0: before and after only.")
+    prompts: Count = Field(32, description="Held-out prompts used.")
+    samples: Annotated[int, Field(ge=2)] = Field(2, description="Answers per held-out prompt.")
+    seed: int = Field(1234, description="The same answers' noise at every evaluation.")
+    max_kl: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Stop when KL to the start (nats per token) passes this.")
+    patience: Count = Field(0, description="Stop after this many evaluations without a better reward; 0: never.")
+
+
+class CheckpointConfig(Section):
+    every: Count = Field(50, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: Positive = 2
+    keep_every: Count = Field(0, description="Keep every step that this divides, for good; 0: none.")
+    save_best: bool = Field(True, description="Export the policy with the best evaluation reward to best/.")
+
+
+class Config(Section):
+    """One training run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig
+    model: ModelConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    select: SelectConfig = Field(default_factory=SelectConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        if self.rollout.engine != "data" and self.rollout.n < self.select.k + 1:
+            raise ValueError(
+                f"rollout.n = {self.rollout.n} candidates cannot give 1 positive + select.k = {self.select.k} negatives; "
+                f"raise rollout.n to at least {self.select.k + 1} or lower select.k"
+            )
+        if self.select.strategy == "best_worst" and self.select.k != 1:
+            raise ValueError(f'select.strategy = "best_worst" keeps one negative, select.k is {self.select.k}; set select.k = 1')
+        round_prompts = self.rollout.prompts_per_round
+        if round_prompts and round_prompts % self.optim.prompts_per_step:
+            raise ValueError(
+                f"rollout.prompts_per_round = {round_prompts} is not a multiple of "
+                f"optim.prompts_per_step = {self.optim.prompts_per_step}"
+            )
+        if (self.reward.kind == "data") != (self.rollout.engine == "data"):
+            raise ValueError('reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards')
+        return self
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.rollout.prompts_per_round or self.optim.prompts_per_step
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+
+def field_paths(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("section.field", FieldInfo) for every visible field."""
+    for name, info in section.model_fields.items():
+        is_section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        if is_section:
+            yield from field_paths(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def recipe_path(name: str) -> Path:
+    """The path of a TOML file, or of a recipe that ships in the package (`quickstart`)."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise ValueError(f"config file {name} does not exist")
+        return path
+    recipes = files("ampo_fast") / "recipes"
+    known = sorted(entry.name.removesuffix(".toml") for entry in recipes.iterdir() if entry.name.endswith(".toml"))
+    if name not in known:
+        raise ValueError(f"no config file or recipe {name!r}; recipes: {', '.join(known)}")
+    return Path(str(recipes / f"{name}.toml"))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once.
+
+    Raises ValueError with every problem in one message: field, value got, and the nearest name for an unknown key.
+    """
+    path = recipe_path(name)
+    with path.open("rb") as file:
+        try:
+            values = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for key, value in parse_overrides(overrides):
+        _set(values, key, value)
+    return build_config(values, source=str(path))
+
+
+def build_config(values: dict[str, Any], source: str = "config") -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """["--optim.lr", "1e-6", "--run.name=a"] -> [("optim.lr", 1e-6), ("run.name", "a")]."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or "." not in flag:
+            raise ValueError(f"expected --section.field value, got {flag!r}")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{flag} needs a value")
+            text = rest.pop(0)
+        pairs.append((key, _parse_value(text)))
+    return pairs
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it reads as one (numbers, true, [lists]), else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--{key}: {parent} is a value, not a section")
+    values[last] = value
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        names = [path for path, _ in field_paths()] + list(Config.model_fields)
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"unknown key {key}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "missing" else f"{key} {message}".strip()
