@@ -1,0 +1,221 @@
+"""The policy: a HuggingFace causal LM, its tokenizer, and one forward from packed groups to the loss.
+
+The only module that imports transformers' causal LMs. Parameters are float32; `dtype` is the compute type.
+Shapes: T packed tokens, R predicted response tokens, D hidden, V vocab, B groups, M responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ampo_fast import attention
+from ampo_fast.assets import resolve_model
+from ampo_fast.config import ModelConfig
+from ampo_fast.fused import fused_linear_group_loss
+from ampo_fast.logprobs import linear_logprob
+from ampo_fast.types import PackedBatch
+
+log = logging.getLogger(__name__)
+
+
+class Policy(nn.Module):
+    """A causal LM with its chat template and head, ready for packed groups.
+
+    Always in eval mode: dropout would make the two forwards of a response disagree.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, source: str) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.source = source
+        self.compute_dtype = getattr(torch, config.dtype)
+        self.is_shared = _decide_shared(model, config.attention)
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self._check_head()
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> Policy:
+        """Loads model and tokenizer from a directory, a hub name, or package:NAME. Raises ValueError naming the field."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        attention.register()
+        source = resolve_model(config.path, "model.path")
+        options = {"trust_remote_code": config.trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
+        return cls(model, tokenizer, config, source)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def encode_prompt(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Applies the chat template once, with the generation prompt.
+
+        The template writes its own BOS, so the tokenizer adds no special tokens: a doubled BOS cannot arise.
+        """
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_response(self, content: str) -> tuple[int, ...]:
+        """Token ids of a given response, closed by the end-of-turn token."""
+        return (*self.tokenizer(content, add_special_tokens=False)["input_ids"], self.stop_ids[0])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def hidden_rows(self, batch: PackedBatch) -> torch.Tensor:
+        """Packed groups -> the hidden state that predicts each response token, [R, D]."""
+        with self.autocast():
+            hidden_TD = self._shared_hidden(batch) if self.is_shared else self._unshared_hidden(batch)
+        return hidden_TD[batch.row_R] if self.is_shared else hidden_TD
+
+    def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
+        plan = attention.SegmentPlan.build(batch.segments, self.compute_dtype, self.device)
+        with _attention_implementation(self.model, attention.NAME):
+            return self.model.base_model(
+                input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
+            ).last_hidden_state[0]
+
+    def _unshared_hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """One response at a time, prompt included: slower, for models whose attention cannot share prompts."""
+        rows = []
+        for segment in batch.segments:
+            start, prompt = segment.start, segment.prompt_length
+            prompt_ids = batch.token_T[start : start + prompt]
+            at = start + prompt
+            for length in segment.response_lengths:
+                ids = torch.cat((prompt_ids, batch.token_T[at : at + length]))
+                hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                rows.append(hidden[prompt - 1 :])
+                at += length
+        return torch.cat(rows)
+
+    def forward(
+        self, batch: PackedBatch, loss_fn: Callable, normalizer: float, eos_id: int | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """-> (loss, ResponseStats): the sum of the batch's group losses over `normalizer`, the global group count."""
+        hidden_RD = self.hidden_rows(batch)
+        return fused_linear_group_loss(
+            hidden_RD,
+            self.head.weight.to(hidden_RD.dtype),
+            batch.target_R,
+            batch.response_offsets,
+            batch.group_offsets,
+            batch.reward_M,
+            loss_fn,
+            ref_logp_M=batch.ref_logp_M,
+            positive_M=batch.positive_M,
+            baseline_B=batch.baseline_B,
+            bias_V=self.head.bias,
+            softcap=self.softcap,
+            eos_id=eos_id,
+            normalizer=normalizer,
+        )
+
+    @torch.no_grad()
+    def token_logp(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-prob of each response token at temperature 1, [R] float32."""
+        hidden_RD = self.hidden_rows(batch)
+        weight_VD = self.head.weight.to(hidden_RD.dtype)
+        return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuses a model whose logits are not softcap(hidden W^T + b): our log-probs would be of another model."""
+        ids = torch.tensor([[self.stop_ids[0], *range(3)]], device=self.device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = nn.functional.linear(hidden, self.head.weight, self.head.bias)
+        if self.softcap:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        theirs = self.model(input_ids=ids, use_cache=False).logits
+        if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
+            raise ValueError(f"{type(self.model).__name__} changes its logits after the head (scaling?); not supported")
+
+
+@contextlib.contextmanager
+def _attention_implementation(model: Any, name: str):
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _decide_shared(model: Any, wanted: str) -> bool:
+    reason = attention.why_not_shared(model)
+    if wanted == "segments" and reason:
+        raise ValueError(f'model.attention = "segments" cannot run here: {reason}; set it to "unshared"')
+    if reason and wanted == "auto":
+        log.warning("each response runs with its own copy of the prompt (slower): %s", reason)
+    return wanted != "unshared" and not reason
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The template's end-of-turn token first, then every other token that ends generation."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; put a chat_template.jinja beside it"
+        )
+    ids = [_end_of_turn(tokenizer), tokenizer.eos_token_id]
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    ids += eos if isinstance(eos, list) else [eos]
+    found = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not found:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no EOS token and its template closes no turn; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return found
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes right after an assistant's words, if it writes one."""
+    marker = "ampo"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    return ids[0] if ids and ids[0] in special else None
+
+
+def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit.
+
+    dtype defaults to float32. Raises RuntimeError when what was read back differs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or torch.float32
+    with _attention_implementation(policy.model, "sdpa"):
+        state = {name: tensor.detach().to(dtype) for name, tensor in policy.model.state_dict().items()}
+        policy.model.save_pretrained(directory, state_dict=state)
+    policy.tokenizer.save_pretrained(directory)
+    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+    wrong = [name for name, tensor in state.items() if not torch.equal(tensor, reloaded[name])]
+    if wrong:
+        raise RuntimeError(f"the model exported to {directory} reads back different: {', '.join(wrong[:5])}")

@@ -1,0 +1,263 @@
+"""Rollout engines: prompts in, groups of candidates out, each with its own log-probs and policy version.
+
+Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from ampo_fast.config import Config
+from ampo_fast.model import Policy
+from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
+
+
+class RolloutEngine(Protocol):
+    version: int
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
+        ...
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(config: Config, policy: Policy) -> RolloutEngine:
+    if config.rollout.engine == "data":
+        return DataEngine(policy)
+    return TransformersEngine(policy, config.rollout.batch_rows)
+
+
+def generation_batches(lengths: Sequence[int], n: int, batch_rows: int) -> list[list[int]]:
+    """Indices of the prompts decoded together: neighbours in length, at most batch_rows candidates (one prompt at least).
+
+    A pure function of the lengths, so that a resumed run decodes the same batches. A batch is what is saved or redone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    size = max(1, batch_rows // n)
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed from what identifies a random stream, e.g. (seed, step, prompt id, candidate index)."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class DataEngine:
+    """Offline: the candidates are the responses that came with the data, tokenised once."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.version = 0
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
+
+    def _group(self, prompt: Prompt, max_new_tokens: int) -> CandidateGroup:
+        if not prompt.responses:
+            raise ValueError(f'prompt {prompt.id} has no responses: rollout.engine = "data" needs multi-response data')
+        candidates = []
+        for response in prompt.responses:
+            ids = self.policy.encode_response(response.content)
+            reason = "stop" if len(ids) <= max_new_tokens else "length"
+            candidates.append(
+                Candidate(content=response.content, token_ids=ids[:max_new_tokens], finish_reason=reason)
+            )
+        prompt_ids = self.policy.encode_prompt(prompt.messages)
+        return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+class TransformersEngine:
+    """Samples with the trainer's own module: no server, no copy of the weights, bit-for-bit repeatable on a CPU.
+
+    The prompt is prefilled once and its keys and values repeated for the candidates. Candidate i of a prompt draws its
+    uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
+    """
+
+    def __init__(self, policy: Policy, batch_rows: int) -> None:
+        self.policy = policy
+        self.batch_rows = batch_rows
+        self.version = 0
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.version = version  # the module is shared, its weights are already there
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
+        groups: list[CandidateGroup | None] = [None] * len(prompts)
+        for batch in generation_batches([len(ids) for ids in encoded], n, self.batch_rows):
+            uniform_AL = torch.stack([u for i in batch for u in _uniforms(prompts[i].id, n, sampling)])
+            with self.policy.autocast():
+                rows = self._decode([encoded[i] for i in batch], n, uniform_AL, sampling)
+            for at, i in enumerate(batch):
+                candidates = tuple(self._candidate(*row) for row in rows[at * n : (at + 1) * n])
+                groups[i] = CandidateGroup(prompt=prompts[i], prompt_ids=encoded[i], candidates=candidates)
+        return groups
+
+    def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
+        stopped = ids[-1] in self.policy.stop_ids
+        # Six decimals, rounded here once: what a rollout file holds is then exactly what training sees.
+        return Candidate(
+            content=self.policy.decode(ids[:-1] if stopped else ids),
+            token_ids=tuple(ids),
+            logp=tuple(round(value, 6) for value in logp),
+            finish_reason="stop" if stopped else "length",
+            version=self.version,
+        )
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], n: int, uniform_AL: torch.Tensor, sampling: Sampling
+    ) -> list[tuple[list[int], list[float]]]:
+        """Prefill each prompt once, then decode all rows; finished rows leave the batch when a quarter has finished."""
+        state = _Decoding.prefill(self.policy, prompts, n, sampling.max_new_tokens)
+        rows: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(prompts) * n)]
+        alive = list(range(len(rows)))  # state row -> candidate row
+        finished: set[int] = set()
+        for step in range(sampling.max_new_tokens):
+            token_A, logp_A = sample_tokens(state.logits_AV, uniform_AL[alive, step], sampling)
+            for row, token, logp in zip(alive, token_A.tolist(), logp_A.tolist(), strict=True):
+                if row not in finished:
+                    rows[row][0].append(token)
+                    rows[row][1].append(logp)
+                    if token in self.policy.stop_ids:
+                        finished.add(row)
+            running = [a for a, row in enumerate(alive) if row not in finished]
+            if not running or step + 1 == sampling.max_new_tokens:
+                return rows
+            if len(running) <= 0.75 * len(alive):
+                state.keep(running)
+                token_A = token_A[running]
+                alive = [alive[a] for a in running]
+            state.advance(token_A)
+        return rows
+
+
+def _uniforms(prompt_id: str, n: int, sampling: Sampling) -> Iterator[torch.Tensor]:
+    for i in range(n):
+        generator = torch.Generator().manual_seed(stream_seed(sampling.seed, sampling.step, prompt_id, i))
+        yield torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def sample_tokens(
+    logits_AV: torch.Tensor, uniform_A: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF sampling: token = first v with CDF(v) > u. Returns (token [A], its log-prob [A]), both after temperature,
+    top-k and top-p (what vLLM calls processed log-probs)."""
+    logp_AV = torch.log_softmax(_truncate(logits_AV.float() / sampling.temperature, sampling), dim=-1)
+    # float64: 50,000 float32 additions would misplace the far end of the CDF by more than many a token's mass.
+    cdf_AV = logp_AV.exp().cumsum(-1, dtype=torch.float64)
+    threshold_A1 = uniform_A.to(cdf_AV)[:, None] * cdf_AV[:, -1:]
+    token_A1 = torch.searchsorted(cdf_AV, threshold_A1, right=True).clamp_(max=logits_AV.shape[-1] - 1)
+    return token_A1[:, 0], logp_AV.gather(1, token_A1)[:, 0]
+
+
+def _truncate(logits_AV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    if sampling.top_k:
+        kth_A1 = logits_AV.topk(min(sampling.top_k, logits_AV.shape[-1])).values[:, -1:]
+        logits_AV = logits_AV.masked_fill(logits_AV < kth_A1, -torch.inf)
+    if sampling.top_p < 1.0:
+        sorted_AV, order_AV = logits_AV.sort(descending=True)
+        before_AV = sorted_AV.softmax(-1).cumsum(-1) - sorted_AV.softmax(-1)
+        cut_AV = torch.zeros_like(logits_AV, dtype=torch.bool).scatter_(1, order_AV, before_AV >= sampling.top_p)
+        logits_AV = logits_AV.masked_fill(cut_AV, -torch.inf)
+    return logits_AV
+
+
+class _Decoding:
+    """The decoding state of the active rows: logits for the next token, keys and values, padding, positions."""
+
+    def __init__(self, policy: Policy, cache, padding_A: torch.Tensor, position_A: torch.Tensor) -> None:
+        self.policy = policy
+        self.cache = cache
+        self.padding_A = padding_A  # left padding of each row's prompt
+        self.position_A = position_A  # position of the next token
+        self.logits_AV = torch.empty(0)
+
+    @classmethod
+    def prefill(cls, policy: Policy, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> _Decoding:
+        device = policy.device
+        length_A = torch.tensor([len(ids) for ids in prompts], device=device)
+        longest = int(length_A.max())
+        padding_A = longest - length_A
+        token_AP = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+        key_P = torch.arange(longest, device=device)
+        position_AP = (key_P - padding_A[:, None]).clamp(min=0)
+        mask = None
+        if bool(padding_A.any()):
+            visible = key_P[None, None, :] >= padding_A[:, None, None]
+            # A padding row attends to itself: a row with nothing visible would be NaN.
+            own = torch.eye(longest, dtype=torch.bool, device=device)
+            mask = (visible & (key_P[:, None] >= key_P[None, :]) | own)[:, None]
+        state = cls(policy, _new_cache(longest + max_new_tokens), padding_A, length_A)
+        state._forward(token_AP, position_AP, mask)
+        state.keep([a for a in range(len(prompts)) for _ in range(n)])
+        state.logits_AV = state.logits_AV.repeat_interleave(n, dim=0)
+        return state
+
+    def keep(self, rows: list[int]) -> None:
+        """Selects (and may repeat) rows of the keys and values, padding and positions."""
+        index = torch.tensor(rows, device=self.policy.device)
+        self.cache.batch_select_indices(index)
+        self.padding_A, self.position_A = self.padding_A[index], self.position_A[index]
+
+    def advance(self, token_A: torch.Tensor) -> None:
+        mask = None
+        if bool(self.padding_A.any()):
+            key_P = torch.arange(self.cache.get_seq_length() + 1, device=token_A.device)
+            mask = (key_P >= self.padding_A[:, None])[:, None, None]
+        self._forward(token_A[:, None], self.position_A[:, None], mask)
+        self.position_A = self.position_A + 1
+
+    def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: torch.Tensor | None) -> None:
+        hidden = self.policy.model.base_model(
+            input_ids=token_AL, position_ids=position_AL, attention_mask=mask, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        logits_AV = self.policy.head(hidden).float()
+        softcap = self.policy.softcap
+        self.logits_AV = softcap * torch.tanh(logits_AV / softcap) if softcap else logits_AV
+
+
+def _new_cache(capacity: int):
+    """A transformers cache whose keys and values are written in place: DynamicCache copies them all at every token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self._buffers = tuple(_buffer(states, capacity) for states in (key_states, value_states))
+                self._length = 0
+            end = self._length + key_states.shape[2]
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[:, :, self._length : end] = states
+            self._length = end
+            self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            self._buffers = tuple(buffer[indices] for buffer in self._buffers)
+            self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
+
+
+def _buffer(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    rows, heads, _, size = states.shape
+    return states.new_empty(rows, heads, capacity, size)
