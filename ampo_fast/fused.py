@@ -1,0 +1,227 @@
+"""fused_linear_group_loss: hidden states in, group loss out, with the gradient made on the way and no logits kept.
+
+A group's loss, and with it the gradient scale of each of its rows, is known as soon as its responses' log-probs are.
+So a chunk of whole groups needs one pass over its logits: GEMM, log-sum-exp, loss, gradient in place, dX, dW. That is
+6 R D V FLOPs; every recomputing head pays 8.
+
+Shapes: R rows (one per response token), D hidden, V vocab, M responses, B groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows
+from ampo_fast.logprobs import HeadGradients, linear_logprob
+from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
+from ampo_fast.validation import check_head, check_offsets, check_vector
+
+_MODES = ("auto", "grouped", "recompute", "frozen")
+
+
+def fused_linear_group_loss(
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_R: torch.Tensor,
+    response_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    reward_M: torch.Tensor,
+    loss_fn: Callable[[ResponseStats], LossOutput],
+    *,
+    ref_logp_M: torch.Tensor | None = None,
+    positive_M: torch.Tensor | None = None,
+    baseline_B: torch.Tensor | None = None,
+    bias_V: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    eos_id: int | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, ResponseStats]:
+    """Sum over groups of loss_fn's per-group loss / normalizer, with its gradient, never holding [R, V] logits.
+
+    Args:
+        hidden_RD: the hidden state that predicts each response token; the prompt's last one once per response.
+        response_offsets: int64 [M + 1] into the rows; group_offsets: int64 [B + 1] into the responses.
+        loss_fn: ResponseStats -> LossOutput, additive over groups (ampo_fast.losses).
+        normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
+        mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
+            gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows, else recompute.
+        chunk_rows: rows whose logits exist at once; default about 64 MiB of logits on a CPU, 4096 rows on a GPU.
+    Returns:
+        (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
+    Raises:
+        ValueError: arguments that do not fit, or mode="frozen" with a trainable weight.
+    """
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
+    if mode not in _MODES:
+        raise ValueError(f"mode = {mode!r}; use one of {', '.join(_MODES)}")
+    check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
+    responses = check_offsets("response_offsets", response_offsets, hidden_RD.shape[0], allow_empty=False)
+    groups = check_offsets("group_offsets", group_offsets, responses.numel() - 1)
+    stats = _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, hidden_RD.device)
+    options = HeadOptions(temperature, softcap, eos_id)
+    num_groups = groups.numel() - 1
+    norm = max(num_groups, 1) if normalizer is None else normalizer
+    rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)
+    mode = _resolve_mode(mode, weight_VD, bias_V, responses[groups].diff(), rows)
+    if mode != "grouped" or not torch.is_grad_enabled():
+        return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options)
+    plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows)
+    loss = _GroupedLoss.apply(hidden_RD, weight_VD, bias_V, target_R, plan)
+    return loss, plan.out_stats()
+
+
+def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, device) -> ResponseStats:
+    num_responses, num_groups = responses.numel() - 1, groups.numel() - 1
+    check_vector("reward_M", reward_M, num_responses, device)
+    for name, vector in (("ref_logp_M", ref_logp_M), ("positive_M", positive_M)):
+        if vector is not None:
+            check_vector(name, vector, num_responses, device)
+    if baseline_B is not None:
+        check_vector("baseline_B", baseline_B, num_groups, device)
+    length_M = responses.diff().to(device)
+    empty = torch.empty(0, device=device)
+    return ResponseStats(empty, length_M, reward_M, groups, ref_logp_M, None, positive_M, baseline_B, responses)
+
+
+def _resolve_mode(mode, weight_VD, bias_V, group_rows, chunk_rows: int) -> str:
+    is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if mode == "frozen" and is_trained:
+        raise ValueError('mode = "frozen" drops the head\'s gradient, but weight_VD or bias_V requires one; use "auto"')
+    if mode != "auto":
+        return mode
+    if not is_trained:
+        return "frozen"
+    return "grouped" if group_rows.numel() == 0 or int(group_rows.max()) <= chunk_rows else "recompute"
+
+
+def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options: HeadOptions):
+    """Log-probs first, the loss on all of them, gradients by linear_logprob's own backward (recompute or frozen)."""
+    out = linear_logprob(
+        hidden_RD, weight_VD, target_R, bias_V=bias_V,
+        temperature=options.temperature, softcap=options.softcap, eos_id=options.eos_id,
+    )  # fmt: skip
+    logp_R, eos_logp_R = out if options.eos_id is not None else (out, None)
+    full = _with_logprobs(stats, logp_R, eos_logp_R, target_R, options.eos_id)
+    loss = loss_fn(full).per_group_B.sum() / norm
+    return loss, _detached(full)
+
+
+def _with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> ResponseStats:
+    """Fills in the sums per response. eos_logp_M is the EOS log-prob at the response's last row, NaN where it ends otherwise."""
+    offsets = stats.response_offsets
+    eos_logp_M = None
+    if eos_logp_R is not None:
+        last_M = offsets[1:].to(logp_R.device) - 1
+        eos_logp_M = eos_logp_R[last_M].masked_fill(target_R[last_M] != eos_id, torch.nan)
+    return dataclasses.replace(
+        stats, logp_M=segment_sum(logp_R, offsets), eos_logp_M=eos_logp_M, logp_R=logp_R, eos_logp_R=eos_logp_R
+    )
+
+
+def _detached(stats: ResponseStats) -> ResponseStats:
+    values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+    return ResponseStats(**{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+@dataclass
+class _Plan:
+    """What travels through autograd beside the tensors, and the log-probs that come back out."""
+
+    loss_fn: Callable[[ResponseStats], LossOutput]
+    stats: ResponseStats
+    options: HeadOptions
+    normalizer: float | torch.Tensor
+    chunk_rows: int
+    logp_R: torch.Tensor | None = None
+    eos_logp_R: torch.Tensor | None = None
+    target_R: torch.Tensor | None = None
+
+    def out_stats(self) -> ResponseStats:
+        return _with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
+
+    def group_runs(self) -> Iterator[tuple[int, int]]:
+        """Runs [first, last) of whole groups that fit chunk_rows together; one group at least."""
+        ends = self.stats.response_offsets[self.stats.group_offsets].tolist()
+        first = 0
+        while first < len(ends) - 1:
+            last = first + 1
+            while last < len(ends) - 1 and ends[last + 1] - ends[first] <= self.chunk_rows:
+                last += 1
+            yield first, last
+            first = last
+
+    def chunk_stats(self, first: int, last: int) -> tuple[slice, ResponseStats]:
+        """(rows, side inputs) of groups [first, last), offsets starting at 0."""
+        stats = self.stats
+        m0, m1 = int(stats.group_offsets[first]), int(stats.group_offsets[last])
+        r0, r1 = int(stats.response_offsets[m0]), int(stats.response_offsets[m1])
+
+        def cut(vector, a, b):
+            return None if vector is None else vector[a:b]
+
+        part = ResponseStats(
+            stats.logp_M,
+            stats.length_M[m0:m1],
+            stats.reward_M[m0:m1],
+            stats.group_offsets[first : last + 1] - m0,
+            cut(stats.ref_logp_M, m0, m1),
+            None,
+            cut(stats.positive_M, m0, m1),
+            cut(stats.baseline_B, first, last),
+            stats.response_offsets[m0 : m1 + 1] - r0,
+        )
+        return slice(r0, r1), part
+
+
+class _GroupedLoss(torch.autograd.Function):
+    """Loss and all gradients in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, plan: _Plan):
+        options = plan.options
+        work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
+        plan.target_R = target_R
+        plan.logp_R = hidden_RD.new_zeros(hidden_RD.shape[0], dtype=work)
+        plan.eos_logp_R = None if options.eos_id is None else torch.zeros_like(plan.logp_R)
+        gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        loss = hidden_RD.new_zeros((), dtype=work)
+        for first, last in plan.group_runs():
+            rows, part = plan.chunk_stats(first, last)
+            if rows.start == rows.stop:
+                loss += plan.loss_fn(_with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)).per_group_B.sum()
+                continue
+            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options)
+            plan.logp_R[rows] = chunk.logp_R
+            if plan.eos_logp_R is not None:
+                plan.eos_logp_R[rows] = chunk.eos_logp_R
+            part_loss, grad_R, grad_eos_R = _row_gradients(plan, part, chunk, target_R[rows])
+            loss += part_loss
+            gradients.add(rows, chunk.logit_gradient(grad_R, grad_eos_R))
+        ctx.save_for_backward(*gradients.result())
+        return loss / plan.normalizer
+
+    @staticmethod
+    def backward(ctx, upstream):
+        scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+        return (*scaled, None, None)
+
+
+def _row_gradients(plan: _Plan, part: ResponseStats, chunk: HeadChunk, target_R: torch.Tensor):
+    """The chunk's loss, and d(loss / normalizer) / d(log-prob) of each of its rows."""
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in (chunk.logp_R, chunk.eos_logp_R) if leaf is not None]
+        eos_leaf = leaves[1] if len(leaves) == 2 else None
+        full = _with_logprobs(part, leaves[0], eos_leaf, target_R, plan.options.eos_id)
+        loss = plan.loss_fn(full).per_group_B.sum()
+        found = torch.autograd.grad(loss / plan.normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
+    grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=False)]
+    return loss.detach(), grads[0], grads[1] if eos_leaf is not None else None

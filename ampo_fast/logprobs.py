@@ -1,0 +1,115 @@
+"""linear_logprob: hidden states and the head's weight in, log-probs of the targets out; the logits never exist whole."""
+
+from __future__ import annotations
+
+import torch
+
+from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows
+from ampo_fast.validation import check_head
+
+
+def linear_logprob(
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_R: torch.Tensor,
+    *,
+    bias_V: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    eos_id: int | None = None,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each row's target under the head: log softmax(z)_target, z = cap(hidden W^T + bias) / temperature.
+
+    Differentiable for any per-row upstream gradient: 8 R D V FLOPs with a trainable weight (the backward recomputes the
+    logits, chunk by chunk), 4 R D V with a frozen one (J = w_y - sum_v p_v w_v is kept, [R, D]). A frozen hidden or
+    weight skips its GEMM; the weight's gradient accumulates in float32 and is cast once.
+
+    Args:
+        hidden_RD, weight_VD: same float dtype and device. target_R: int64 ids in 0 .. V - 1.
+        eos_id: also return every row's log-prob of this id.
+        impl: "torch" or "auto".
+    Returns:
+        logp_R in nats, float32 (float64 for float64 input), never above 0; with eos_id the pair (logp_R, eos_logp_R).
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also targets out of range.
+    """
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
+    check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
+    options = HeadOptions(temperature, softcap, eos_id)
+    logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options)
+    return logp_R if eos_id is None else (logp_R, eos_logp_R)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, options):
+        num_rows = hidden_RD.shape[0]
+        # float64 in, float64 out: the mathematics can be checked to 1e-10.
+        work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
+        logp_R = hidden_RD.new_empty(num_rows, dtype=work)
+        eos_logp_R = None if options.eos_id is None else torch.empty_like(logp_R)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        keep_jacobian = need_hidden and not need_weight and not need_bias and options.eos_id is None
+        keep_jacobian = keep_jacobian and options.softcap is None
+        jacobian_RD = torch.empty_like(hidden_RD) if keep_jacobian else None
+        for rows in _chunks(num_rows, weight_VD):
+            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options)
+            logp_R[rows] = chunk.logp_R
+            if eos_logp_R is not None:
+                eos_logp_R[rows] = chunk.eos_logp_R
+            if keep_jacobian:
+                gradient_RV = chunk.logit_gradient(torch.ones_like(chunk.logp_R), None)
+                jacobian_RD[rows] = gradient_RV.to(weight_VD.dtype) @ weight_VD
+        ctx.options, ctx.jacobian_RD = options, jacobian_RD
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
+        return logp_R, eos_logp_R
+
+    @staticmethod
+    def backward(ctx, grad_R, grad_eos_R):
+        hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
+        if ctx.jacobian_RD is not None:
+            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), None, None, None, None
+        gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        for rows in _chunks(hidden_RD.shape[0], weight_VD):
+            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options)
+            eos_rows = None if ctx.options.eos_id is None else grad_eos_R[rows]
+            gradients.add(rows, chunk.logit_gradient(grad_R[rows], eos_rows))
+        return (*gradients.result(), None, None)
+
+
+class HeadGradients:
+    """dX, dW and db gathered chunk by chunk; dW and db in float32 (float64), cast to the parameters' dtype once."""
+
+    def __init__(self, hidden_RD, weight_VD, bias_V, needed: tuple[bool, bool, bool]) -> None:
+        self.hidden_RD, self.weight_VD, self.bias_V = hidden_RD, weight_VD, bias_V
+        work = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
+        self.hidden_grad = torch.empty_like(hidden_RD) if needed[0] else None
+        self.weight_grad = torch.zeros_like(weight_VD, dtype=work) if needed[1] else None
+        self.bias_grad = torch.zeros_like(bias_V, dtype=work) if needed[2] else None
+
+    def add(self, rows: slice, gradient_RV: torch.Tensor) -> None:
+        """gradient_RV is d/dlogits of these rows (float32 or float64); the GEMMs run in the parameters' dtype."""
+        if self.bias_grad is not None:
+            self.bias_grad += gradient_RV.sum(0)
+        gradient_RV = gradient_RV.to(self.weight_VD.dtype)
+        if self.hidden_grad is not None:
+            torch.mm(gradient_RV, self.weight_VD, out=self.hidden_grad[rows])
+        if self.weight_grad is None:
+            return
+        if self.weight_grad.dtype == gradient_RV.dtype:
+            self.weight_grad.addmm_(gradient_RV.t(), self.hidden_RD[rows])
+        else:
+            self.weight_grad += gradient_RV.t() @ self.hidden_RD[rows]
+
+    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        weight_grad = None if self.weight_grad is None else self.weight_grad.to(self.weight_VD.dtype)
+        bias_grad = None if self.bias_grad is None else self.bias_grad.to(self.bias_V.dtype)
+        return self.hidden_grad, weight_grad, bias_grad
+
+
+def _chunks(num_rows: int, weight_VD: torch.Tensor):
+    size = default_chunk_rows(weight_VD.shape[0], weight_VD.device)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))

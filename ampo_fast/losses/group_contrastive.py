@@ -1,0 +1,246 @@
+"""The group-contrastive family: AMPO, SWEPO/MPO and REFA are one function with different options.
+
+    L = -log( sum_{+} e^s / ( sum_{+} e^s + gamma sum_{-} e^s ) )       (REFA eqs. 6 and 18, arXiv 2412.16378v4)
+    s = beta log pi(y) / |y|  or  beta log pi(y) [/ pi_ref(y)],   plus alpha w,   w = (r - mean r)^p
+
+Shapes: M responses, B groups, G the largest group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ampo_fast.losses.stats import LossOutput, ResponseStats, group_mask, mean_output, padded
+from ampo_fast.validation import check_finite, check_offsets, check_vector
+
+_CHOICES = {
+    "score": ("avg", "sum"),
+    "weight": ("signed", "abs", "none"),
+    "alpha_place": ("outside", "inside"),
+    "split": ("best", "mean", "given"),
+    "eos_penalty": (None, "target", "simple", "budget_independent"),
+    "weight_power": (1, 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupContrastive:
+    """-log( sum_{+} e^s / (sum_{+} e^s + gamma sum_{-} e^s) ) per group; options as in group_contrastive_loss.
+
+    Every reading of the papers is one of the options. Defaults: signed weights added outside beta (the form AMPO and
+    REFA print); "abs" is SWEPO's (its negatives are pushed by |r - mean r|); "inside" is REFA's appendix, eq. 19/22.
+    """
+
+    beta: float
+    alpha: float = 0.0
+    gamma: float = 1.0
+    score: str = "avg"
+    weight: str = "signed"
+    alpha_place: str = "outside"
+    weight_power: int = 1
+    split: str = "best"
+    eos_penalty: str | None = None
+    eos_lambda: float = 0.0
+
+    needs_rows: ClassVar[bool] = False
+    uses_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; use one of {', '.join(map(repr, choices))}")
+        if not self.beta > 0:
+            raise ValueError(f"beta = {self.beta}; it must be positive")
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma = {self.gamma}; it must not be negative")
+
+    @property
+    def needs_eos(self) -> bool:
+        return self.eos_penalty is not None
+
+    def __call__(self, stats: ResponseStats) -> LossOutput:
+        mask_BG = group_mask(stats.group_offsets, stats.logp_M.device)
+        score_BG = padded(self._scores(stats, mask_BG), mask_BG, 0.0)
+        positive_BG = self._positives(stats, mask_BG)
+        per_group_B = _contrast(score_BG, positive_BG, mask_BG & ~positive_BG, self.gamma)
+        if self.needs_eos:
+            per_group_B = per_group_B + self._eos_term(stats, mask_BG)
+        return mean_output(per_group_B)
+
+    def _scores(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
+        x_M = stats.logp_M if stats.ref_logp_M is None else stats.logp_M - stats.ref_logp_M
+        if self.score == "avg":
+            x_M = x_M / stats.length_M
+        score_M = self.beta * x_M
+        if self.weight == "none" or self.alpha == 0.0:
+            return score_M
+        reward_BG = padded(stats.reward_M.to(score_M.dtype), mask_BG, 0.0)
+        baseline_B = stats.baseline_B
+        if baseline_B is None:
+            baseline_B = reward_BG.sum(1) / mask_BG.sum(1).clamp(min=1)
+        weight_BG = (reward_BG - baseline_B.to(reward_BG)[:, None]) ** self.weight_power
+        weight_M = (weight_BG.abs() if self.weight == "abs" else weight_BG)[mask_BG]
+        scale = self.alpha * (self.beta if self.alpha_place == "inside" else 1.0)
+        return score_M + scale * weight_M
+
+    def _positives(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
+        if stats.positive_M is not None:
+            return padded(stats.positive_M.bool(), mask_BG, False)
+        if self.split == "given":
+            raise ValueError('split = "given" needs positive_M')
+        reward_BG = padded(stats.reward_M.float() if stats.reward_M.dtype != torch.float64 else stats.reward_M, mask_BG, -torch.inf)
+        if self.split == "mean":
+            mean_B1 = reward_BG.masked_fill(~mask_BG, 0.0).sum(1, keepdim=True) / mask_BG.sum(1, keepdim=True).clamp(min=1)
+            return (reward_BG > mean_B1) & mask_BG
+        is_best_BG = torch.zeros_like(mask_BG)
+        if mask_BG.numel():
+            # The first of equal rewards: argmax of the mask of the maxima, made strict by position.
+            top_BG = reward_BG == reward_BG.amax(1, keepdim=True)
+            first_B1 = top_BG.int().cumsum(1).eq(1).int().argmax(1, keepdim=True)
+            is_best_BG.scatter_(1, first_B1, True)
+        return is_best_BG & mask_BG
+
+    def _eos_term(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
+        """Per group, summed over the responses that end in EOS (REFA eqs. 7, 9, 31)."""
+        if stats.eos_logp_M is None:
+            raise ValueError(f"eos_penalty = {self.eos_penalty!r} needs eos_logp_M (pass eos_id to the fused op)")
+        ends_M = ~torch.isnan(stats.eos_logp_M)
+        logp_M = torch.where(ends_M, stats.eos_logp_M, 0.0)
+        if self.eos_penalty == "budget_independent":
+            term_M = -logp_M
+        elif self.eos_penalty == "simple":
+            term_M = logp_M.exp()
+        else:
+            length_BG = padded(stats.length_M.to(logp_M.dtype), mask_BG, 0.0)
+            short_BG = length_BG.amax(1, keepdim=True) - length_BG if length_BG.numel() else length_BG
+            term_M = logp_M.exp() * short_BG[mask_BG]
+        return self.eos_lambda * padded(torch.where(ends_M, term_M, 0.0), mask_BG, 0.0).sum(1)
+
+
+def _contrast(score_BG: torch.Tensor, positive_BG: torch.Tensor, negative_BG: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The loss of each group from scores and sides; 0, with zero gradient, where a side is empty."""
+    if score_BG.numel() == 0:
+        return score_BG.sum(1)
+    has_both_B1 = positive_BG.any(1, keepdim=True) & negative_BG.any(1, keepdim=True)
+    # Empty sides would be logsumexp of nothing, whose gradient is NaN; those groups get a harmless full row instead.
+    positive_BG, negative_BG = positive_BG | ~has_both_B1, negative_BG | ~has_both_B1
+    log_gamma = torch.tensor(gamma, dtype=torch.float64).log().to(score_BG)
+    top_B = score_BG.masked_fill(~positive_BG, -torch.inf).logsumexp(1)
+    rest_B = (score_BG + log_gamma).masked_fill(~negative_BG, -torch.inf).logsumexp(1)
+    # logaddexp(a, b) - a = softplus(b - a): exact to the last digit also where one side is everything.
+    return torch.where(has_both_B1[:, 0], torch.nn.functional.softplus(rest_B - top_B, threshold=80.0), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AMPO(GroupContrastive):
+    """AMPO as trained (arXiv 2502.18293 with REFA-1vsk's score): average log-prob, one positive, beta 10, gamma 3.
+
+    The printed form is GroupContrastive(score="sum", beta=1, alpha=1).
+    """
+
+    beta: float = 10.0
+    gamma: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWEPO(GroupContrastive):
+    """SWEPO/MPO (arXiv 2412.04628): summed log-ratios to the reference, positives above the mean, |deviation| weights."""
+
+    beta: float = 0.1
+    alpha: float = 0.5
+    score: str = "sum"
+    weight: str = "abs"
+    split: str = "mean"
+
+    uses_reference: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class REFA1vsK(GroupContrastive):
+    """REFA-1vsk (arXiv 2412.16378v4, eq. 18 with length normalisation)."""
+
+    beta: float = 10.0
+    gamma: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class REFADynamic(GroupContrastive):
+    """REFA-Dynamic (arXiv 2412.16378v4, eq. 6): positives above the group's mean reward."""
+
+    beta: float = 10.0
+    gamma: float = 4.0
+    split: str = "mean"
+
+
+def group_contrastive_loss(
+    logp_M: torch.Tensor,
+    length_M: torch.Tensor,
+    reward_M: torch.Tensor,
+    group_offsets: torch.Tensor,
+    *,
+    ref_logp_M: torch.Tensor | None = None,
+    eos_logp_M: torch.Tensor | None = None,
+    positive_M: torch.Tensor | None = None,
+    baseline_B: torch.Tensor | None = None,
+    beta: float,
+    alpha: float = 0.0,
+    gamma: float = 1.0,
+    score: str = "avg",
+    weight: str = "signed",
+    alpha_place: str = "outside",
+    weight_power: int = 1,
+    split: str = "best",
+    eos_penalty: str | None = None,
+    eos_lambda: float = 0.0,
+    normalizer: float | torch.Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Group-contrastive loss -log( sum_{+} e^s / (sum_{+} e^s + gamma sum_{-} e^s) ) from summed log-probs.
+
+    s = beta x / length ("avg") or beta x ("sum"), x = logp minus ref_logp where given; plus alpha w with
+    w = (r - rbar)^weight_power, signed or in absolute value, times beta as well for alpha_place "inside". The positives
+    are positive_M where given, else the best response (ties: lowest index) or all above the mean. A group with an empty
+    side has loss 0 and gradient 0. Sources: AMPO arXiv 2502.18293; REFA arXiv 2412.16378v4; SWEPO arXiv 2412.04628.
+
+    Args:
+        logp_M: float [M], nats, EOS included. length_M: [M] tokens. reward_M: [M]. group_offsets: int64 [B + 1].
+        eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS).
+        reduction: "mean" (sum / normalizer, default B), "sum" or "none" (per group).
+    Raises:
+        ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
+    """
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
+    num_responses = logp_M.shape[0]
+    groups = check_offsets("group_offsets", group_offsets, num_responses)
+    vectors = {"length_M": length_M, "reward_M": reward_M, "ref_logp_M": ref_logp_M}
+    vectors |= {"eos_logp_M": eos_logp_M, "positive_M": positive_M}
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_vector(name, vector, num_responses, logp_M.device)
+    if baseline_B is not None:
+        check_vector("baseline_B", baseline_B, groups.numel() - 1, logp_M.device)
+    for name in ("logp_M", "reward_M"):
+        check_finite(name, logp_M if name == "logp_M" else reward_M)
+    if not logp_M.is_floating_point():
+        raise ValueError(f"logp_M must be floating point, got {logp_M.dtype}")
+    work = torch.float64 if logp_M.dtype == torch.float64 else torch.float32
+    loss_fn = GroupContrastive(
+        beta=beta, alpha=alpha, gamma=gamma, score=score, weight=weight, alpha_place=alpha_place,
+        weight_power=weight_power, split=split, eos_penalty=eos_penalty, eos_lambda=eos_lambda,
+    )  # fmt: skip
+    stats = ResponseStats(
+        logp_M.to(work), length_M, reward_M.to(work), groups, ref_logp_M, eos_logp_M, positive_M, baseline_B
+    )
+    per_group_B = loss_fn(stats).per_group_B
+    if reduction == "none":
+        return per_group_B
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction = {reduction!r}; use mean, sum or none")
+    if reduction == "sum":
+        return per_group_B.sum()
+    return per_group_B.sum() / (max(per_group_B.numel(), 1) if normalizer is None else normalizer)

@@ -1,0 +1,70 @@
+"""Argument checks shared by the public ops: shapes, dtypes, devices and offsets always raise; values where that is free."""
+
+from __future__ import annotations
+
+import torch
+
+_VALIDATE_VALUES_ON_CUDA = False
+
+
+def validate(flag: bool) -> None:
+    """Whether value checks (target range, NaN) also run, and wait for the device, on CUDA tensors. They always run on a CPU."""
+    global _VALIDATE_VALUES_ON_CUDA
+    _VALIDATE_VALUES_ON_CUDA = bool(flag)
+
+
+def checks_values(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" or _VALIDATE_VALUES_ON_CUDA
+
+
+def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: bool = True) -> torch.Tensor:
+    """offsets as int64 on the CPU: first 0, last `total`, never falling. A CUDA tensor is copied to the host, once."""
+    if not isinstance(offsets, torch.Tensor) or offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype != torch.int64:
+        raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {_describe(offsets)}")
+    offsets = offsets.cpu()
+    sizes = offsets.diff()
+    if offsets[0] != 0 or offsets[-1] != total or bool((sizes < 0).any()):
+        raise ValueError(f"{name} must rise from 0 to {total}, got {offsets[0]} .. {offsets[-1]}")
+    if not allow_empty and bool((sizes == 0).any()):
+        raise ValueError(f"{name}: segment {int((sizes == 0).nonzero()[0])} is empty; leave it out")
+    return offsets
+
+
+def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:
+    if not isinstance(vector, torch.Tensor) or vector.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {_describe(vector)}")
+    if vector.device != device:
+        raise ValueError(f"{name} is on {vector.device}, the other tensors on {device}")
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    if checks_values(tensor) and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds NaN or infinity; mask those rows before the call")
+
+
+def check_head(
+    hidden_RD: torch.Tensor, weight_VD: torch.Tensor, target_R: torch.Tensor, bias_V: torch.Tensor | None, eos_id: int | None
+) -> None:
+    """Raises ValueError naming the argument that does not fit hidden [R, D], weight [V, D], target [R], bias [V]."""
+    if hidden_RD.ndim != 2 or weight_VD.ndim != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"hidden_RD and weight_VD must be [R, D] and [V, D], got {tuple(hidden_RD.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if type(weight_VD).__name__ == "DTensor":
+        raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
+    if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():
+        raise ValueError(f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}")
+    num_tokens = weight_VD.shape[0]
+    check_vector("target_R", target_R, hidden_RD.shape[0], hidden_RD.device)
+    if target_R.dtype != torch.int64:
+        raise ValueError(f"target_R must be int64, got {target_R.dtype}")
+    if bias_V is not None:
+        check_vector("bias_V", bias_V, num_tokens, hidden_RD.device)
+    if eos_id is not None and not 0 <= eos_id < num_tokens:
+        raise ValueError(f"eos_id = {eos_id} is outside the vocabulary of {num_tokens}")
+    if target_R.numel() and checks_values(target_R) and not 0 <= int(target_R.min()) <= int(target_R.max()) < num_tokens:
+        raise ValueError(f"target_R holds ids outside 0 .. {num_tokens - 1}; leave padding rows out")
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
