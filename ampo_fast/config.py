@@ -112,6 +112,7 @@ class EvalConfig(Section):
     prompts: Count = Field(32, description="Held-out prompts used.")
     samples: Annotated[int, Field(ge=2)] = Field(2, description="Answers per held-out prompt.")
     seed: int = Field(1234, description="The same answers' noise at every evaluation.")
+    reward: str | None = Field(None, description="Scorer of held-out answers, as reward.kind; default: that one.")
     max_kl: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Stop when KL to the start (nats per token) passes this.")
     patience: Count = Field(0, description="Stop after this many evaluations without a better reward; 0: never.")
 

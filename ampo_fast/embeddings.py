@@ -1,0 +1,123 @@
+"""Embedders: response texts in, L2-normalised float32 vectors out. They say where candidates lie for the selector.
+
+Shapes: n texts, W windows, L tokens of a window, E embedding, D hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn.functional import normalize
+
+from ampo_fast.assets import resolve_model
+from ampo_fast.config import Config
+from ampo_fast.model import Policy
+
+log = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    num_windowed: int
+    """How many texts were longer than the window so far; they are averaged over windows, never cut."""
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """[n, E] float32 on the CPU, rows of unit length."""
+        ...
+
+
+def make_embedder(config: Config, policy: Policy | None) -> Embedder:
+    """A sentence encoder, or the policy itself where embed.model = "policy"."""
+    if config.embed.model == "policy":
+        if policy is None:
+            raise ValueError('embed.model = "policy" needs the policy loaded; name a sentence encoder instead')
+        return PolicyEmbedder(policy, config.embed.batch_rows)
+    return SentenceEncoder(config.embed.model, config.embed.batch_rows)
+
+
+class SentenceEncoder:
+    """Mean-pooled last hidden states of a BERT-like encoder (sentence-transformers' recipe for MiniLM)."""
+
+    def __init__(self, path: str, batch_rows: int = 64) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        source = resolve_model(path, "embed.model")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"embed.model = {path!r} cannot be loaded: {error}") from error
+        self.batch_rows = batch_rows
+        self.window = self.model.config.max_position_embeddings - self.tokenizer.num_special_tokens_to_add()
+        self.num_windowed = 0
+        # The reward and the selector often look at the same texts in one step: encode each once.
+        self._recent: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._recent]
+        if len(self._recent) + len(missing) > 65536:
+            self._recent.clear()
+            missing = list(dict.fromkeys(texts))
+        if missing:
+            self._recent.update(zip(missing, self._encode(missing), strict=True))
+        return torch.stack([self._recent[text] for text in texts])
+
+    def _encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """Means over a text's windows of the windows' pooled vectors, [n, E]."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        windows, owner = [], []
+        for i, tokens in enumerate(ids):
+            pieces = [tokens[at : at + self.window] for at in range(0, len(tokens), self.window)] or [[]]
+            windows += pieces
+            owner += [i] * len(pieces)
+            self.num_windowed += len(pieces) > 1
+        pooled_WE = self._pool_windows(windows)
+        owner_W = torch.tensor(owner)
+        sum_NE = torch.zeros(len(texts), pooled_WE.shape[1]).index_add_(0, owner_W, pooled_WE)
+        return normalize(sum_NE, dim=1)
+
+    def _pool_windows(self, windows: Sequence[list[int]]) -> torch.Tensor:
+        order = sorted(range(len(windows)), key=lambda w: len(windows[w]))
+        pooled: list[torch.Tensor | None] = [None] * len(windows)
+        start, end = _special_frame(self.tokenizer)
+        for at in range(0, len(order), self.batch_rows):
+            chunk = order[at : at + self.batch_rows]
+            rows = [torch.tensor([*start, *windows[w], *end]) for w in chunk]
+            token_WL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            mask_WL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+            hidden_WLE = self.model(input_ids=token_WL, attention_mask=mask_WL).last_hidden_state
+            weight_WL1 = mask_WL[..., None].float()
+            mean_WE = (hidden_WLE * weight_WL1).sum(1) / weight_WL1.sum(1)
+            for w, vector in zip(chunk, normalize(mean_WE, dim=1), strict=True):
+                pooled[w] = vector
+        return torch.stack(pooled)
+
+
+def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text ([CLS] and [SEP] for BERT)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return framed[:at], framed[at + len(bare) :]
+
+
+class PolicyEmbedder:
+    """Mean over tokens of the policy's own last hidden state, of the response alone."""
+
+    def __init__(self, policy: Policy, batch_rows: int = 64) -> None:
+        self.policy = policy
+        self.batch_rows = batch_rows
+        self.num_windowed = 0
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([self._embed_one(text) for text in texts]).cpu()
+
+    def _embed_one(self, text: str) -> torch.Tensor:
+        ids = torch.tensor([self.policy.encode_response(text)], device=self.policy.device)
+        with self.policy.autocast():
+            hidden_LD = self.policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return normalize(hidden_LD.float().mean(0), dim=0)

@@ -1,0 +1,100 @@
+"""Measures a policy on held-out prompts: reward, drift from the start, and measures that nothing trains on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ampo_fast.config import Config
+from ampo_fast.embeddings import Embedder
+from ampo_fast.model import Policy
+from ampo_fast.packing import pack_responses, packed_length
+from ampo_fast.rewards import RewardFn, score_groups
+from ampo_fast.rollouts import RolloutEngine
+from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    scored: list[ScoredGroup]
+    metrics: dict[str, float]
+
+
+def evaluate(
+    policy: Policy,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    reward_fn: RewardFn,
+    embedder: Embedder,
+    config: Config,
+    load_start: Callable[[], Policy],
+) -> Evaluation:
+    """Answers held-out prompts at the training temperature with fixed noise, scores them, and measures drift.
+
+    The start policy is loaded for the comparison and dropped again: it costs memory only here.
+    """
+    sampling = eval_sampling(config)
+    groups = engine.generate(prompts, config.eval.samples, sampling)
+    scored = score_groups(groups, reward_fn, embedder, config)
+    own_R = response_logp(policy, groups, config.optim.micro_batch_tokens)
+    start_R = response_logp(load_start(), groups, config.optim.micro_batch_tokens)
+    return Evaluation(scored=scored, metrics=_reward_metrics(scored) | _text_metrics(groups) | _drift(own_R, start_R))
+
+
+def eval_sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=config.eval.seed,
+    )
+
+
+def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: int) -> torch.Tensor:
+    """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order."""
+    parts, chunk, used = [], [], 0
+    for group in [*groups, None]:
+        length = 0 if group is None else packed_length(
+            len(group.prompt_ids), [len(candidate.token_ids) for candidate in group.candidates]
+        )
+        if chunk and (group is None or used + length > max_tokens):
+            batch = pack_responses(chunk, [range(len(g.candidates)) for g in chunk], policy.device)
+            parts.append(policy.token_logp(batch).cpu())
+            chunk, used = [], 0
+        chunk.append(group)
+        used += length
+    return torch.cat(parts)
+
+
+def _reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    means = [statistics.fmean(kept) for group in scored if (kept := [r for r in group.reward_raw if math.isfinite(r)])]
+    return {"eval/reward": statistics.fmean(means) if means else math.nan}
+
+
+def _text_metrics(groups: Sequence[CandidateGroup]) -> dict[str, float]:
+    candidates = [candidate for group in groups for candidate in group.candidates]
+    stopped = statistics.fmean(candidate.finish_reason == "stop" for candidate in candidates)
+    return {
+        "eval/mean_length": statistics.fmean(len(candidate.token_ids) for candidate in candidates),
+        "eval/eos_rate": stopped,
+        "eval/clipped_ratio": 1.0 - stopped,
+        "eval/distinct_2": distinct_2([candidate.content for candidate in candidates]),
+    }
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Share of distinct word pairs among all word pairs of all texts (Li et al. 2016); falls as answers become alike."""
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def _drift(own_R: torch.Tensor, start_R: torch.Tensor) -> dict[str, float]:
+    """Per token of the policy's own samples: KL = E[log pi - log pi_0], entropy = -E[log pi], perplexity = exp(-E[log pi_0])."""
+    own, start = own_R.double().mean().item(), start_R.double().mean().item()
+    return {"eval/kl": own - start, "eval/entropy": -own, "eval/perplexity_start": math.exp(-start)}

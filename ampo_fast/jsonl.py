@@ -1,0 +1,63 @@
+"""JSON Lines, read with errors that name file and line, written without bare NaN."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a .jsonl or .jsonl.gz file.
+
+    A blank last line is tolerated. Raises ValueError naming file and line for an empty or broken
+    line, and naming the file where it is missing, unreadable or holds no rows.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    num_rows, blank_line = 0, None
+    for number, line in enumerate(_lines(path), 1):
+        if blank_line is not None:
+            raise ValueError(f"{path}:{blank_line}: empty line; remove it")
+        if not line.strip():
+            blank_line = number
+            continue
+        num_rows += 1
+        yield number, _parse(line, f"{path}:{number}")
+    if not num_rows:
+        raise ValueError(f"{path} is empty: it holds no rows")
+
+
+def dump_line(row: dict[str, Any]) -> str:
+    """One line of JSON with its newline; floats as repr, so that they read back exactly.
+
+    Raises ValueError on a NaN or infinite number: write null.
+    """
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.suffix != ".gz":
+        with path.open("rb") as file:
+            yield from file
+        return
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row

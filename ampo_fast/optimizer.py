@@ -1,0 +1,50 @@
+"""AdamW on float32 parameters, warm-up + cosine, clipping, and a guard that lets no non-finite step through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ampo_fast.config import OptimConfig
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Raises ValueError for bfloat16 parameters: at small learning rates most of their updates round to nothing."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    low = {str(parameter.dtype) for parameter in trained if parameter.dtype != torch.float32}
+    if low:
+        raise ValueError(f"trained parameters are {', '.join(low)}; AdamW needs float32 (model.dtype is compute only)")
+    return torch.optim.AdamW(
+        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Linear warm-up over warmup_ratio of the run, then a cosine down to min_lr_ratio x lr. step counts from 0."""
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
+
+
+def guarded_step(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float, max_grad_norm: float
+) -> tuple[float, bool]:
+    """Clips, checks loss and gradient norm, steps. -> (gradient norm before clipping, whether the step was taken).
+
+    A non-finite loss or norm leaves parameters and optimizer state as they were.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    is_finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+    if is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm), is_finite

@@ -1,0 +1,118 @@
+"""Selected groups -> packed batches: each prompt once, then its responses; no padding; whole groups only.
+
+Shapes: T packed tokens, R predicted response tokens, M responses, B groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from ampo_fast.types import CandidateGroup, PackedBatch, ScoredGroup, Segment, SelectedGroup
+
+
+def packed_length(prompt_length: int, response_lengths: Sequence[int]) -> int:
+    """Tokens fed for one group: a response's last token predicts nothing and is only a target."""
+    return prompt_length + sum(max(length - 1, 0) for length in response_lengths)
+
+
+def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[list[SelectedGroup]]:
+    """Whole groups in order, cut into runs of at most max_tokens packed tokens. Raises when one group alone is longer."""
+    batches: list[list[SelectedGroup]] = []
+    used = max_tokens
+    for group in groups:
+        length = _group_tokens(group)
+        if length > max_tokens:
+            raise ValueError(
+                f"the group of prompt {group.scored.group.prompt.id} packs to {length} tokens, more than "
+                f"optim.micro_batch_tokens = {max_tokens}; raise it, or lower select.k or rollout.max_new_tokens"
+            )
+        if used + length > max_tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(group)
+        used += length
+    return batches
+
+
+def _group_tokens(group: SelectedGroup) -> int:
+    candidates = group.scored.group.candidates
+    kept = (*group.positive, *group.negative)
+    return packed_length(len(group.scored.group.prompt_ids), [len(candidates[i].token_ids) for i in kept])
+
+
+def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") -> PackedBatch:
+    """One batch of trained groups: [prompt | positive | negatives] each, rewards and sides with them."""
+    kept = [(*group.positive, *group.negative) for group in groups]
+    batch = pack_responses(
+        [group.scored.group for group in groups], kept, device, reward=[_kept(g.scored, k) for g, k in zip(groups, kept, strict=True)]
+    )
+    batch.positive_M[:] = torch.tensor([i in group.positive for group, k in zip(groups, kept, strict=True) for i in k])
+    batch.baseline_B[:] = torch.tensor([_mean_reward(group.scored) for group in groups])
+    return batch
+
+
+def _kept(scored: ScoredGroup, indices: Sequence[int]) -> list[float]:
+    return [scored.reward[i] for i in indices]
+
+
+def _mean_reward(scored: ScoredGroup) -> float:
+    return statistics.fmean(r for r, ok in zip(scored.reward, scored.valid, strict=True) if ok)
+
+
+def pack_responses(
+    groups: Sequence[CandidateGroup],
+    kept: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    reward: Sequence[Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Packs the kept candidates of each group; every one needs at least one token.
+
+    Row r of the batch is the hidden state that predicts target r: the prompt's last one for a response's first token,
+    then the response's own. Positions restart at the prompt's end for each response.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    sampled: list[float] = []
+    segments: list[Segment] = []
+    lengths: list[int] = []
+    for group, indices in zip(groups, kept, strict=True):
+        prompt = group.prompt_ids
+        start = len(tokens)
+        tokens += prompt
+        positions += range(len(prompt))
+        fed = []
+        for response in (group.candidates[i] for i in indices):
+            ids = response.token_ids
+            rows += [start + len(prompt) - 1, *range(len(tokens), len(tokens) + len(ids) - 1)]
+            tokens += ids[:-1]
+            positions += range(len(prompt), len(prompt) + len(ids) - 1)
+            targets += ids
+            sampled += response.logp
+            lengths.append(len(ids))
+            fed.append(len(ids) - 1)
+        segments.append(Segment(start=start, prompt_length=len(prompt), response_lengths=tuple(fed)))
+    num_responses = [len(indices) for indices in kept]
+    flat_reward = [value for values in reward for value in values] if reward else [0.0] * len(lengths)
+    return PackedBatch(
+        token_T=torch.tensor(tokens, device=device),
+        position_T=torch.tensor(positions, device=device),
+        segments=tuple(segments),
+        row_R=torch.tensor(rows, device=device),
+        target_R=torch.tensor(targets, device=device),
+        response_offsets=_offsets(lengths),
+        group_offsets=_offsets(num_responses),
+        reward_M=torch.tensor(flat_reward, device=device),
+        positive_M=torch.zeros(len(lengths), dtype=torch.bool, device=device),
+        baseline_B=torch.zeros(len(segments), device=device),
+        sampled_logp_R=torch.tensor(sampled, device=device) if len(sampled) == len(targets) else None,
+    )
+
+
+def _offsets(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)])

@@ -1,0 +1,195 @@
+"""Rewards: groups of candidates in, one raw scalar each out, and the one place where they are normalised.
+
+N candidates of a group.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import string
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ampo_fast.assets import resolve_model
+from ampo_fast.config import Config
+from ampo_fast.embeddings import Embedder, SentenceEncoder
+from ampo_fast.types import CandidateGroup, Prompt, ScoredGroup
+
+Reward = float | None
+RewardFn = Callable[[Sequence[CandidateGroup]], list[list[Reward]]]
+"""Groups -> for each group one raw reward per candidate; None or NaN where there is none."""
+
+TextReward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[Reward]]
+"""What a user's module:function looks like: one prompt for each response."""
+
+
+def make_reward(config: Config, encoder: Embedder | None = None, kind: str | None = None) -> RewardFn:
+    """The scorer that `kind` (default reward.kind) names. An encoder that is already loaded is used again by `relevance`."""
+    kind = kind or config.reward.kind
+    if kind == "data":
+        return lambda groups: [[response.reward for response in group.prompt.responses] for group in groups]
+    if kind == "relevance":
+        model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder("package:all-minilm-l6-v2")
+        return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
+    if kind.startswith("classifier:"):
+        return _on_texts(_Classifier(kind.removeprefix("classifier:"), config.embed.batch_rows))
+    module, colon, function = kind.partition(":")
+    if not colon:
+        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH or MODULE:FUNCTION")
+    try:
+        return _on_texts(getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward.kind = {kind!r} cannot be imported: {error}") from error
+
+
+def relevance(prompts: Sequence[Prompt], responses: Sequence[str], encoder: Embedder) -> list[float]:
+    """Is the answer about the question, in a few finished sentences? In [0, 1].
+
+    cosine(question, answer) by a sentence encoder, times the share of distinct word triples (no repetition), times the
+    share of word triples not copied from the question, times 1/2 where it breaks off without a closing mark, times a
+    length factor that is 1 from 8 to 40 words. A rule, not a judge: it knows nothing of truth.
+    """
+    question_NE = encoder.embed([prompt.messages[-1]["content"] for prompt in prompts])
+    cosine_N = (question_NE * encoder.embed(list(responses))).sum(1).clamp(0.0, 1.0).tolist()
+    scores = []
+    for prompt, response, cosine in zip(prompts, responses, cosine_N, strict=True):
+        num_words = len(response.split())
+        length = min(1.0, num_words / 8, 40 / max(num_words, 1))
+        finished = 1.0 if response.rstrip().endswith((".", "!", "?", '"', ")")) else 0.5
+        triples, asked = _triples(response), set(_triples(prompt.messages[-1]["content"]))
+        distinct = len(set(triples)) / len(triples) if triples else 1.0
+        own = 1.0 - sum(triple in asked for triple in triples) / len(triples) if triples else 1.0
+        scores.append(cosine * distinct * own * finished * length)
+    return scores
+
+
+def _triples(text: str) -> list[tuple[str, ...]]:
+    words = [word.strip(string.punctuation) for word in text.lower().split()]
+    return list(zip(words, words[1:], words[2:], strict=False))
+
+
+class _Classifier:
+    """A HuggingFace sequence classifier with one output, over the chat template of prompt + response."""
+
+    def __init__(self, path: str, batch_rows: int) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        source = resolve_model(path, "reward.kind")
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        # A head that is missing from the checkpoint is initialised at random and scores noise, plausibly.
+        if info["missing_keys"]:
+            raise ValueError(f"reward.kind = 'classifier:{path}': its checkpoint lacks {sorted(info['missing_keys'])}")
+        if self.model.config.num_labels != 1:
+            raise ValueError(f"reward.kind = 'classifier:{path}' has {self.model.config.num_labels} outputs, not one")
+        self.model.eval()
+        self.batch_rows = batch_rows
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        rewards: list[float] = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            turns = [*prompt.messages, {"role": "assistant", "content": response}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            rewards.append(float(self.model(**inputs).logits[0, 0]))
+        return rewards
+
+
+def _on_texts(score: TextReward) -> RewardFn:
+    def reward_fn(groups: Sequence[CandidateGroup]) -> list[list[Reward]]:
+        prompts = [group.prompt for group in groups for _ in group.candidates]
+        responses = [candidate.content for group in groups for candidate in group.candidates]
+        flat = list(score(prompts, responses))
+        if len(flat) != len(responses):
+            raise ValueError(f"the reward function returned {len(flat)} rewards for {len(responses)} responses")
+        rewards = iter(flat)
+        return [[next(rewards) for _ in group.candidates] for group in groups]
+
+    return reward_fn
+
+
+def score_groups(
+    groups: Sequence[CandidateGroup], reward_fn: RewardFn, embedder: Embedder, config: Config
+) -> list[ScoredGroup]:
+    """Rewards, validity, normalised rewards and embeddings of every candidate. Raises when too many rewards are missing."""
+    rewards = reward_fn(groups)
+    check_missing(groups, rewards, config.reward.max_missing_share)
+    texts = [candidate.content for group in groups for candidate in group.candidates]
+    embeddings = embedder.embed(texts).split([len(group.candidates) for group in groups])
+    return [
+        score_group(group, raw, embedding, config)
+        for group, raw, embedding in zip(groups, rewards, embeddings, strict=True)
+    ]
+
+
+def score_group(group: CandidateGroup, raw: Sequence[Reward], embedding: torch.Tensor, config: Config) -> ScoredGroup:
+    numbers = tuple(math.nan if value is None else float(value) for value in raw)
+    valid = valid_candidates(group, numbers, config.rollout.truncated)
+    return ScoredGroup(
+        group=group,
+        reward_raw=numbers,
+        reward=normalize_rewards(numbers, valid, normalizer_for(config)),
+        valid=valid,
+        embedding=embedding,
+    )
+
+
+def check_missing(groups: Sequence[CandidateGroup], rewards: Sequence[Sequence[Reward]], max_share: float) -> None:
+    """Stops a run whose scorer fails: more missing rewards than max_share of all, with the rows."""
+    missing = [
+        f"{group.prompt.id}[{i}]"
+        for group, raw in zip(groups, rewards, strict=True)
+        for i, value in enumerate(raw)
+        if value is None or not math.isfinite(value)
+    ]
+    total = sum(len(group.candidates) for group in groups)
+    if len(missing) > max_share * total:
+        raise ValueError(
+            f"{len(missing)} of {total} rewards are missing or not finite, more than reward.max_missing_share = "
+            f"{max_share}: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
+        )
+
+
+def valid_candidates(group: CandidateGroup, reward_raw: Sequence[float], truncated: str = "negative") -> tuple[bool, ...]:
+    """False for an empty response, a repeat of an earlier one, a missing reward, and a cut one where those are excluded."""
+    seen: set[str] = set()
+    valid = []
+    for candidate, reward in zip(group.candidates, reward_raw, strict=True):
+        text = candidate.content.strip()
+        is_cut = candidate.finish_reason == "length" and truncated == "exclude"
+        valid.append(bool(text) and text not in seen and math.isfinite(reward) and not is_cut)
+        seen.add(text)
+    return tuple(valid)
+
+
+def normalizer_for(config: Config) -> str:
+    """reward.normalize, with auto resolved: minmax for group-contrastive losses, whose exp(alpha r) needs a fixed scale;
+    none for the losses whose signal is the scale itself (margins, ranks)."""
+    if config.reward.normalize != "auto":
+        return config.reward.normalize
+    return "minmax" if config.loss.name in _MINMAX_LOSSES else "none"
+
+
+_MINMAX_LOSSES = ("GroupContrastive", "AMPO", "SWEPO", "REFA1vsK", "REFADynamic")
+
+
+def normalize_rewards(raw: Sequence[float], valid: Sequence[bool], rule: str) -> tuple[float, ...]:
+    """Applies one rule over the group's valid candidates; NaN elsewhere. A group without spread maps to 0 (1/2 for minmax)."""
+    kept = [value for value, ok in zip(raw, valid, strict=True) if ok]
+    if not kept:
+        return tuple(math.nan for _ in raw)
+    low, high, mean = min(kept), max(kept), statistics.fmean(kept)
+    std = statistics.pstdev(kept)
+    scale = {
+        "none": lambda r: r,
+        "minmax": lambda r: (r - low) / (high - low) if high > low else 0.5,
+        "zscore": lambda r: (r - mean) / std if std > 0 else 0.0,
+        "sigmoid": lambda r: 0.5 * (1.0 + math.tanh(0.5 * r)),
+    }[rule]
+    return tuple(scale(value) if ok else math.nan for value, ok in zip(raw, valid, strict=True))

@@ -1,0 +1,51 @@
+"""The run directory: made once, never overwritten silently, resumed only by the same configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ampo_fast.config import Config
+
+# Fields that may differ on --resume: they change who watches and how long, not what is computed.
+_FREE = ("run.trackers", "run.dir", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every")
+
+
+def open_run_dir(config: Config, resume: bool) -> Path:
+    """Creates DIR/NAME and writes config.json, or checks that an existing one is of the same configuration.
+
+    Raises ValueError when the directory exists and resume is False, or when a field differs from the run's own.
+    """
+    path = config.run_dir
+    saved = path / "config.json"
+    resolved = json.loads(config.model_dump_json())
+    if saved.exists():
+        if not resume:
+            raise ValueError(f"{path} already holds a run; add --resume auto, or choose another --run.name")
+        differing = [
+            f"{key}: {old!r} -> {new!r}"
+            for key, old, new in _differences(json.loads(saved.read_text()), resolved)
+            if key not in _FREE
+        ]
+        if differing:
+            raise ValueError(f"{path} was started with other settings ({'; '.join(differing)}); use another --run.name")
+        return path
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
+    for name in ("rollouts", "eval", "checkpoints"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    aside = path / "config.json.tmp"
+    aside.write_text(json.dumps(resolved, indent=2) + "\n")
+    os.replace(aside, saved)
+    return path
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new

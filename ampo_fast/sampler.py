@@ -1,0 +1,63 @@
+"""Which prompts are trained on, and in which order: a pure function of the data, the seed and the position."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from ampo_fast.config import Config
+from ampo_fast.model import Policy
+from ampo_fast.rollouts import stream_seed
+from ampo_fast.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> list[Prompt]:
+    """Leaves out prompts longer than data.max_prompt_tokens, counts them, and raises when they are too many."""
+    limit = config.data.max_prompt_tokens
+    kept = [prompt for prompt in prompts if len(policy.encode_prompt(prompt.messages)) <= limit]
+    num_long = len(prompts) - len(kept)
+    if num_long > config.data.max_overlong_share * len(prompts):
+        raise ValueError(
+            f"{field}: {num_long} of {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit}, more than "
+            f"data.max_overlong_share = {config.data.max_overlong_share} allows; raise one of them"
+        )
+    if num_long:
+        log.warning("%s: left out %d of %d prompts longer than %d tokens", field, num_long, len(prompts), limit)
+    return kept
+
+
+class PromptSampler:
+    """Epochs of shuffled prompts, cut into rounds; no prompt twice in one round, none dropped."""
+
+    def __init__(self, prompts: Sequence[Prompt], prompts_per_round: int, seed: int) -> None:
+        if len(prompts) < prompts_per_round:
+            raise ValueError(
+                f"a round needs {prompts_per_round} prompts (rollout.prompts_per_round or optim.prompts_per_step), "
+                f"the data has {len(prompts)}"
+            )
+        self.prompts = list(prompts)
+        self.prompts_per_round = prompts_per_round
+        self.seed = seed
+        self._order: list[int] = []
+
+    def round(self, index: int) -> list[Prompt]:
+        start = index * self.prompts_per_round
+        while len(self._order) < start + self.prompts_per_round:
+            self._order += self._next_epoch()
+        return [self.prompts[i] for i in self._order[start : start + self.prompts_per_round]]
+
+    def epoch(self, index: int) -> float:
+        """How many passes over the data the first `index` rounds make."""
+        return index * self.prompts_per_round / len(self.prompts)
+
+    def _next_epoch(self) -> list[int]:
+        epoch = len(self._order) // len(self.prompts)
+        generator = torch.Generator().manual_seed(stream_seed("epoch", self.seed, epoch))
+        shuffled = torch.randperm(len(self.prompts), generator=generator).tolist()
+        # A round that crosses the epochs' border must not meet a prompt of its first part again.
+        used = set(self._order[len(self._order) // self.prompts_per_round * self.prompts_per_round :])
+        return [i for i in shuffled if i not in used] + [i for i in shuffled if i in used]

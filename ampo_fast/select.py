@@ -1,0 +1,85 @@
+"""The selection stage: which candidates of each group are trained on, and which groups are left out, and why."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from ampo_fast.config import Config
+from ampo_fast.rollouts import stream_seed
+from ampo_fast.selection import select_responses
+from ampo_fast.types import ScoredGroup, SelectedGroup
+
+
+class RewardTolerance:
+    """Which spread of raw rewards is none: reward.tol, or 1e-6 + 1e-3 x the median spread of the run's groups so far."""
+
+    def __init__(self, fixed: float | None, spreads: Sequence[float] = ()) -> None:
+        self.fixed = fixed
+        self.spreads = list(spreads)
+
+    def update(self, groups: Sequence[ScoredGroup]) -> float:
+        """Takes the groups' spreads in and returns the tolerance to use for them."""
+        if self.fixed is not None:
+            return self.fixed
+        self.spreads += [reward_spread(group) for group in groups]
+        del self.spreads[:-4096]
+        return 1e-6 + 1e-3 * statistics.median(self.spreads) if self.spreads else 1e-6
+
+
+def reward_spread(scored: ScoredGroup) -> float:
+    kept = [reward for reward, ok in zip(scored.reward_raw, scored.valid, strict=True) if ok]
+    return max(kept) - min(kept) if kept else 0.0
+
+
+def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: float) -> list[SelectedGroup]:
+    """1 positive + up to k negatives of each group by select.strategy; degenerate groups carry their skip_reason.
+
+    A response cut by the length limit is never the positive unless rollout.truncated = "keep".
+    """
+    if not scored:
+        return []
+    sizes = [len(group.valid) for group in scored]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    positive_ok = [
+        candidate.finish_reason == "stop" or config.rollout.truncated == "keep"
+        for group in scored
+        for candidate in group.group.candidates
+    ]
+    rewards = torch.tensor([reward for group in scored for reward in group.reward])
+    chosen = select_responses(
+        torch.cat([group.embedding for group in scored]),
+        rewards.nan_to_num(0.0),  # invalid ones only, which the mask keeps out
+        config.select.k,
+        strategy=config.select.strategy,
+        group_offsets=offsets,
+        coverage=config.select.coverage,
+        valid=torch.tensor([ok for group in scored for ok in group.valid]),
+        positive_ok=torch.tensor(positive_ok),
+        tie_tol=0.0,
+        keys=torch.tensor([stream_seed(group.group.prompt.id) for group in scored]),
+        seed=config.run.seed,
+    )
+    rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
+    return [_selected(group, positive, negative, cost, reward_tol) for group, positive, negative, cost in rows]
+
+
+def _selected(
+    scored: ScoredGroup, positive: list[int], negative: list[int], cost: float, reward_tol: float
+) -> SelectedGroup:
+    kept_positive = tuple(i for i in positive if i >= 0)
+    kept_negative = tuple(i for i in negative if i >= 0)
+    if sum(scored.valid) < 2:
+        reason = "fewer than two distinct valid responses"
+    elif reward_spread(scored) <= reward_tol:
+        reason = "rewards equal within the tolerance"
+    elif not kept_positive:
+        reason = "no response may be the positive (all cut by the length limit)"
+    elif not kept_negative:
+        reason = "no negative with a lower reward"
+    else:
+        return SelectedGroup(scored=scored, positive=kept_positive, negative=kept_negative, cost=cost)
+    return SelectedGroup(scored=scored, positive=(), negative=(), cost=math.nan, skip_reason=reason)

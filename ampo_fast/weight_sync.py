@@ -1,0 +1,17 @@
+"""Puts the trained weights into the rollout engine and names the new version."""
+
+from __future__ import annotations
+
+from ampo_fast.model import Policy
+from ampo_fast.rollouts import RolloutEngine
+
+
+def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
+    """Streams the parameters, one at a time, into the engine as `version`; the tied head is sent beside the embedding.
+
+    (An engine that receives only the embedding keeps a stale head.) The transformers engine shares the module: nothing
+    is copied there.
+    """
+    named = ((name, tensor.detach()) for name, tensor in policy.model.state_dict().items())
+    engine.load_weights(version, named)
+    return engine.version
