@@ -26,7 +26,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             blank_line = number
             continue
         num_rows += 1
-        yield number, _parse(line, f"{path}:{number}")
+        yield number, _parse(line.rstrip(), f"{path}:{number}")
     if not num_rows:
         raise ValueError(f"{path} is empty: it holds no rows")
 
