@@ -31,6 +31,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import micro_batches, pack
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward, score_group, score_groups
 from ampo_fast.rollouts import TransformersEngine, generation_batches, make_engine
 from ampo_fast.run_dir import open_run_dir
@@ -341,7 +342,7 @@ class Trainer:
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         export(self.policy, self.run_dir / "final")
         write_model_card(self.run_dir / "final", self.config, summary)
-        from ampo_fast.report import write_report; write_report(self.run_dir)
+        write_report(self.run_dir)
         return summary
 
 

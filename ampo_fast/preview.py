@@ -1,0 +1,137 @@
+"""`ampo-fast train --dry-run`: what a run would train on and what it would cost, before it starts. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ampo_fast.config import Config
+from ampo_fast.data import load_prompts
+from ampo_fast.embeddings import make_embedder
+from ampo_fast.evaluation import response_logp
+from ampo_fast.model import Policy
+from ampo_fast.packing import pack, packed_length
+from ampo_fast.rewards import make_reward, score_groups
+from ampo_fast.rollouts import make_engine
+from ampo_fast.sampler import admit_prompts
+from ampo_fast.select import RewardTolerance, select_groups
+from ampo_fast.types import CandidateGroup, Prompt, Sampling, SelectedGroup
+
+_NUM_GROUPS = 3
+
+
+def dry_run(config: Config) -> None:
+    """Prints the resolved config, three real groups with their token masks, lengths, memory and cost."""
+    console = Console(width=140, soft_wrap=True)
+    console.print_json(config.model_dump_json())
+    policy = Policy.load(config.model)
+    prompts = load_prompts(config.data.train)
+    kept = admit_prompts(prompts, policy, config, "data.train")
+    _print_lengths(prompts, policy, config, console)
+    started = time.perf_counter()
+    groups = make_engine(config, policy).generate(kept[:_NUM_GROUPS], config.rollout.n, _sampling(config))
+    generate_s = time.perf_counter() - started
+    embedder = make_embedder(config, policy)
+    scored = score_groups(groups, make_reward(config, embedder), embedder, config)
+    selected = select_groups(scored, config, RewardTolerance(config.reward.tol).update(scored))
+    for group in selected:
+        _print_group(group, policy, console)
+    _print_cost(policy, groups, generate_s, config, console)
+
+
+def _sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens, seed=config.run.seed,
+    )  # fmt: skip
+
+
+def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, console: Console) -> None:
+    """Lengths of prompts and given responses, what is left out or cut, and BOS/EOS counts."""
+    limit, budget = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    encoded = [policy.encode_prompt(prompt.messages) for prompt in prompts]
+    table = Table("", "count", "shortest", "median", "longest", "over the limit", title="tokens")
+    table.add_row("prompts", *_spread([len(ids) for ids in encoded], limit))
+    given = [len(policy.encode_response(r.content)) for prompt in prompts for r in prompt.responses]
+    if given:
+        table.add_row("given responses", *_spread(given, budget))
+    console.print(table)
+    bos = policy.tokenizer.bos_token_id
+    counts = [sum(token == bos for token in ids[:2]) for ids in encoded] if bos is not None else []
+    doubled = sum(count == 2 for count in counts)
+    stops = ", ".join(f"{i} {policy.tokenizer.convert_ids_to_tokens(i)!r}" for i in policy.stop_ids)
+    console.print(f"BOS: {'none' if bos is None else f'{doubled} of {len(encoded)} prompts begin with it twice'}. Ends a turn: {stops}")
+
+
+def _spread(lengths: Sequence[int], limit: int) -> list[str]:
+    ordered = sorted(lengths)
+    over = sum(length > limit for length in lengths)
+    return [str(v) for v in (len(ordered), ordered[0], ordered[len(ordered) // 2], ordered[-1], f"{over} > {limit}")]
+
+
+def _print_group(group: SelectedGroup, policy: Policy, console: Console) -> None:
+    """The packed tokens of a trained group: context dim, targets green, the end-of-turn target reversed."""
+    scored = group.scored
+    console.rule(f"prompt {scored.group.prompt.id}: {scored.group.prompt.messages[-1]['content']}")
+    if group.skip_reason:
+        console.print(f"left out: {group.skip_reason}")
+        return
+    batch = pack([group])
+    context = policy.tokenizer.decode(list(scored.group.prompt_ids))
+    console.print(Text("context (no target): ", style="bold") + Text(repr(context), style="dim"))
+    for m, i in enumerate((*group.positive, *group.negative)):
+        rows = slice(int(batch.response_offsets[m]), int(batch.response_offsets[m + 1]))
+        targets = batch.target_R[rows].tolist()
+        num_stops = sum(token in policy.stop_ids for token in targets)
+        line = Text(f"{'+' if i in group.positive else '-'} reward {scored.reward_raw[i]:.3f}, {len(targets)} targets, "
+                    f"{num_stops} EOS: ")  # fmt: skip
+        for token in targets:
+            style = "reverse" if token in policy.stop_ids else "green"
+            line.append(f"[{policy.tokenizer.decode([token])}]", style=style)
+        console.print(line)
+
+
+def _print_cost(policy: Policy, groups: Sequence[CandidateGroup], generate_s: float, config: Config, console: Console) -> None:
+    """FLOPs and estimated seconds of a step that trains on all N against one that trains on 1 + k, and memory."""
+    started = time.perf_counter()
+    response_logp(policy, groups, config.optim.micro_batch_tokens)
+    forward_s = time.perf_counter() - started
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    head = policy.head.weight.numel()
+    per_step = config.optim.prompts_per_step / len(groups)
+    kept = min(config.select.k + 1, config.rollout.n)
+    table = Table("trained on", "tokens", "TFLOP per step", "seconds per step (forward, backward)", title="cost of a step")
+    trained = [_step_flops(groups, count, num_parameters - head, head, per_step) for count in (config.rollout.n, kept)]
+    forward_flops = trained[0][1] / 3 / per_step
+    for name, (tokens, flops) in zip((f"all {config.rollout.n}", f"1 + {kept - 1}"), trained, strict=True):
+        table.add_row(name, f"{tokens:.0f}", f"{flops / 1e12:.2f}", f"{flops / forward_flops * forward_s:.1f}")
+    console.print(table)
+    console.print(f"sampling: {generate_s * per_step:.1f} s per step of {config.optim.prompts_per_step} prompts, measured on {len(groups)}")
+    longest = config.optim.micro_batch_tokens
+    text = policy.model.config.get_text_config()
+    activations = longest * text.num_hidden_layers * (14 * text.hidden_size + 4 * text.intermediate_size) * 4
+    console.print(
+        f"memory, estimated: parameters {_gib(4 * num_parameters)}, gradients {_gib(4 * num_parameters)}, AdamW "
+        f"{_gib(8 * num_parameters)}, activations of a full micro-batch of {longest} tokens {_gib(activations)}; "
+        f"optim.micro_batch_tokens bounds the last"
+    )
+
+
+def _step_flops(
+    groups: Sequence[CandidateGroup], count: int, backbone: int, head: int, scale: float
+) -> tuple[float, float]:
+    """(tokens, FLOPs) of one step on `count` responses a group: 6 per parameter and token, the head on targets only."""
+    lengths = [[len(c.token_ids) for c in group.candidates][:count] for group in groups]
+    tokens = sum(packed_length(len(group.prompt_ids), ls) for group, ls in zip(groups, lengths, strict=True))
+    targets = sum(map(sum, lengths))
+    return tokens * scale, 6 * (backbone * tokens + head * targets) * scale
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
