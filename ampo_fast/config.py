@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -184,11 +183,12 @@ def recipe_path(name: str) -> Path:
         if not path.is_file():
             raise ValueError(f"config file {name} does not exist")
         return path
-    recipes = files("ampo_fast") / "recipes"
-    known = sorted(entry.name.removesuffix(".toml") for entry in recipes.iterdir() if entry.name.endswith(".toml"))
+    # Not importlib.resources: under an editable install its path is two directories at once, not one on disk.
+    recipes = Path(__file__).parent / "recipes"
+    known = sorted(entry.stem for entry in recipes.glob("*.toml"))
     if name not in known:
         raise ValueError(f"no config file or recipe {name!r}; recipes: {', '.join(known)}")
-    return Path(str(recipes / f"{name}.toml"))
+    return recipes / f"{name}.toml"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

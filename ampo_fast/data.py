@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 from ampo_fast.data_formats import Format, Row, read_row
@@ -101,7 +100,7 @@ def _rows(source: str) -> Iterator[tuple[str, int, Row]]:
 
 
 def _packaged(name: str) -> Path:
-    folder = Path(str(files("ampo_fast") / "prompts"))
+    folder = Path(__file__).parent / "prompts"
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         known = sorted(f"package:{entry.stem}" for entry in folder.glob("*.jsonl"))

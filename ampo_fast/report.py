@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
     run = _Run(run_dir)
     sections = [build(run) for build in _SECTIONS]
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (files("ampo_fast") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+        (Path(__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
         name=run.config["run"]["name"],

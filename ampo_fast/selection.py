@@ -5,14 +5,24 @@ Shapes: n stacked candidates, N candidates of a group, B groups, P positives, E 
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.validation import check_finite, check_offsets
+
+try:
+    from ampo_fast import _C
+except ImportError:  # a checkout that was never built: the torch path still answers, and resolve_impl says so
+    _C = None
+
+log = logging.getLogger(__name__)
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
 _METRICS = ("euclidean", "sqeuclidean", "cosine")
@@ -66,7 +76,7 @@ def select_responses(
     Raises:
         ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid.
     """
-    _check_choice("impl", impl, ("auto", "torch"))
+    impl = resolve_impl(impl)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("coverage", coverage, ("candidates", "all"))
     if k < 1 or positives < 1:
@@ -82,34 +92,60 @@ def select_responses(
     rewards, embeddings = rewards.detach().cpu().double(), embeddings.detach().cpu()
     check_finite("rewards", rewards[valid])
     check_finite("embeddings", embeddings[valid])
-    rows = []
+    blocks = _distance_blocks(embeddings, offsets, impl)
+    instances = []
     for b, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         group = slice(start, end)
         generator = torch.Generator().manual_seed(_group_seed(seed, b if keys is None else int(keys[b])))
         sides = _sides(rewards[group], valid[group], positive_ok[group], positives, tie_tol)
-        rows.append(_select_one(embeddings[group], rewards[group], k, strategy, coverage, *sides, generator, time_limit))
-    return _stack(rows, positives, k)
+        instances.append(_instance(blocks[b], embeddings[group], rewards[group], k, coverage, *sides, generator))
+    chosen = _choose(instances, strategy, k, time_limit, impl)
+    return _stack(instances, chosen, positives, k)
 
 
-def _select_one(
+def resolve_impl(impl: str) -> str:
+    """"cpp" or "torch". auto: cpp where the extension is built, else torch, said once. Raises ValueError for "cpp" without it."""
+    _check_choice("impl", impl, ("auto", "torch", "cpp"))
+    if impl == "cpp" and _C is None:
+        raise ValueError('impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)')
+    if impl == "auto" and _C is None:
+        _log_torch_once()
+    return "torch" if impl == "torch" or _C is None else "cpp"
+
+
+@functools.cache
+def _log_torch_once() -> None:
+    log.warning("the compiled selector is not built; selection runs in torch, slower")
+
+
+def _distance_blocks(embeddings: torch.Tensor, offsets: torch.Tensor, impl: str) -> list[torch.Tensor]:
+    """One [N, N] matrix a group."""
+    sizes = offsets.diff().tolist()
+    if impl == "torch" or embeddings.dtype == torch.float64:
+        return [reference.distances(points) for points in embeddings.split(sizes)]
+    flat = torch.from_numpy(_C.pairwise(embeddings.float().numpy(), offsets.numpy()))
+    return [block.view(n, n) for block, n in zip(flat.split([n * n for n in sizes]), sizes, strict=True)]
+
+
+def _instance(
+    distance_NN: torch.Tensor,
     point_NE: torch.Tensor,
     reward_N: torch.Tensor,
     k: int,
-    strategy: str,
     coverage: str,
     chosen_positives: list[int],
     eligible: list[int],
     counted: list[int],
     generator: torch.Generator,
-    time_limit: float | None,
-) -> tuple[list[int], list[int], float, float, bool]:
+) -> reference.Instance | None:
+    """The group's problem; None where it has no positive or no negative."""
     if not chosen_positives or not eligible:
-        return [], [], math.nan, math.nan, False
+        return None
     weight_N = torch.zeros_like(reward_N)
     weight_N[counted] = (reward_N[counted].mean() - reward_N[counted]).exp()
     clients = counted if coverage == "all" else [i for i in counted if i not in chosen_positives]
-    instance = reference.Instance(
-        distance_NN=reference.distances(point_NE).double(),
+    return reference.Instance(
+        distance_NN=distance_NN.double(),
         point_NE=point_NE,
         reward_N=reward_N,
         eligible=tuple(eligible),
@@ -119,11 +155,42 @@ def _select_one(
         k=min(k, len(eligible)),
         generator=generator,
     )
+
+
+def _choose(
+    instances: Sequence[reference.Instance | None], strategy: str, k: int, time_limit: float | None, impl: str
+) -> list[tuple[list[int], float, bool]]:
+    """(negatives, lower bound, proven) of each group."""
+    live = [instance for instance in instances if instance is not None]
     if strategy == "opt_select_exact":
-        negatives, bound, proven = reference.opt_select_exact(instance, time_limit)
+        found = [reference.opt_select_exact(instance, time_limit) for instance in live]
+    elif strategy == "opt_select" and impl == "cpp":
+        found = [(chosen, i.lower_bound(), False) for chosen, i in zip(_swap_all(live, k), live, strict=True)]
     else:
-        negatives, bound, proven = _BY_NAME[strategy](instance), instance.lower_bound(), False
-    return chosen_positives, negatives, instance.cost(negatives), bound, proven
+        found = [(_BY_NAME[strategy](instance), instance.lower_bound(), False) for instance in live]
+    rest = iter(found)
+    return [([], math.nan, False) if instance is None else next(rest) for instance in instances]
+
+
+def _swap_all(instances: Sequence[reference.Instance], k: int) -> list[list[int]]:
+    """opt_select of all groups at once: the reference's starts, the compiled swaps."""
+    if not instances:
+        return []
+    starts = [reference.opt_start(instance) for instance in instances]
+    padded = np.array([start + [-1] * (k - len(start)) for start in starts], dtype=np.int64)
+    sizes = [len(instance.reward_N) for instance in instances]
+    eligible = [np.isin(np.arange(n), instance.eligible) for n, instance in zip(sizes, instances, strict=True)]
+    weights = [np.zeros(n) for n in sizes]
+    for weight, instance in zip(weights, instances, strict=True):
+        weight[list(instance.clients)] = instance.weight_N[list(instance.clients)].numpy()
+    chosen, _ = _C.kmedoids_swap(
+        np.concatenate([instance.distance_NN.float().numpy().ravel() for instance in instances]),
+        np.concatenate(weights),
+        np.concatenate(eligible),
+        np.cumsum([0, *sizes]),
+        padded,
+    )
+    return [[i for i in row if i >= 0] for row in chosen.tolist()]
 
 
 _BY_NAME = {
@@ -150,17 +217,23 @@ def _sides(
     return chosen, eligible, counted
 
 
-def _stack(rows: Sequence[tuple[list[int], list[int], float, float, bool]], positives: int, k: int) -> Selection:
-    def table(lists: Sequence[list[int]], width: int) -> torch.Tensor:
-        filled = [values + [-1] * (width - len(values)) for values in lists]
+def _stack(
+    instances: Sequence[reference.Instance | None],
+    chosen: Sequence[tuple[list[int], float, bool]],
+    positives: int,
+    k: int,
+) -> Selection:
+    def table(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+        filled = [[*values, *[-1] * (width - len(values))] for values in lists]
         return torch.tensor(filled, dtype=torch.int64).reshape(len(lists), width)
 
+    costs = [math.nan if i is None else i.cost(row[0]) for i, row in zip(instances, chosen, strict=True)]
     return Selection(
-        positive=table([row[0] for row in rows], positives),
-        negative=table([row[1] for row in rows], k),
-        cost=torch.tensor([row[2] for row in rows]),
-        lower_bound=torch.tensor([row[3] for row in rows]),
-        proven=torch.tensor([row[4] for row in rows], dtype=torch.bool),
+        positive=table([() if instance is None else instance.positives for instance in instances], positives),
+        negative=table([row[0] for row in chosen], k),
+        cost=torch.tensor(costs),
+        lower_bound=torch.tensor([row[1] for row in chosen]),
+        proven=torch.tensor([row[2] for row in chosen], dtype=torch.bool),
     )
 
 
@@ -172,16 +245,20 @@ def pairwise_distances(
     metric: "euclidean", "sqeuclidean", or "cosine" (1 - cos). With group_offsets [B + 1]: one [N, N] block per group,
     flattened and concatenated. Raises ValueError for NaN, shapes that do not fit, an unknown metric.
     """
-    _check_choice("impl", impl, ("auto", "torch"))
+    impl = resolve_impl(impl) if metric == "euclidean" else "torch"
     _check_choice("metric", metric, _METRICS)
     if points.ndim != 2:
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
+    n = points.shape[0]
+    offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
+    if metric == "euclidean":
+        blocks = _distance_blocks(points.detach().cpu(), offsets, impl)
+    else:
+        blocks = [reference.distances(part, metric) for part in points.detach().cpu().split(offsets.diff().tolist())]
     if group_offsets is None:
-        return reference.distances(points, metric)
-    ends = check_offsets("group_offsets", group_offsets, points.shape[0]).tolist()
-    blocks = [reference.distances(points[a:b], metric).flatten() for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    return torch.cat(blocks) if blocks else points.new_empty(0)
+        return blocks[0]
+    return torch.cat([block.flatten() for block in blocks]) if blocks else points.new_empty(0)
 
 
 def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None, impl: str = "auto") -> torch.Tensor:

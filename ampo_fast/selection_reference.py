@@ -145,8 +145,7 @@ def opt_select(instance: Instance) -> list[int]:
     At most 5 x the optimum (Arya et al. 2004, single-swap k-median). The best swap is taken each time; ties to the
     lowest (out, in) pair.
     """
-    starts = [k_center(instance), bottom_k(instance)]
-    chosen = min(starts, key=lambda start: (instance.cost(start), start))
+    chosen = opt_start(instance)
     cost = instance.cost(chosen)
     while True:
         swaps = [
@@ -161,10 +160,16 @@ def opt_select(instance: Instance) -> list[int]:
         cost, chosen = min(swaps)
 
 
+def opt_start(instance: Instance) -> list[int]:
+    """The cheaper of the k-center and the bottom-k choice."""
+    starts = [k_center(instance), bottom_k(instance)]
+    return min(starts, key=lambda start: (instance.cost(start), start))
+
+
 def opt_select_exact(instance: Instance, time_limit: float | None, block: int = 4096) -> tuple[list[int], float, bool]:
     """Every subset, in blocks, until done or out of time -> (best, lower bound, proven). The first of equal optima wins."""
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    best, best_cost = opt_select(instance), math.inf
+    best = opt_select(instance)
     best_cost = instance.cost(best)
     subsets = itertools.combinations(instance.eligible, min(instance.k, len(instance.eligible)))
     weighted = instance.weight_N[list(instance.clients), None] * instance.distance_NN[list(instance.clients)]
