@@ -1,67 +1,103 @@
-"""Stage files: one line of JSON per prompt, embeddings in a .safetensors beside it. What a stage or a run leaves on disk.
+"""Stage files, what a stage or a run leaves on disk: one line of JSON per prompt, embeddings in a .safetensors beside.
 
 A row: {id, prompt: [messages], prompt_ids, responses: [{content, token_ids, logp, finish_reason, version, reward_raw,
-reward, selected: null | "positive" | "negative"}]}. logp is per token. Numbers are written as repr, so they read back
-exactly; NaN is written as null.
+reward, selected: null | "positive" | "negative"}]}; after selection also cost and skip_reason. logp is per token. Every
+key is always there, null where its stage has not run. Numbers are written as repr, so they read back exactly; NaN is
+written as null.
+Shapes: N candidates of a prompt, E embedding, n all candidates of a file.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ampo_fast.jsonl import dump_line, read_jsonl
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt, ScoredGroup, SelectedGroup
 
-_RESPONSE_KEYS = ("content", "token_ids", "logp", "finish_reason", "version")
+Row = dict[str, Any]
+
+# --- nouns to rows ----------------------------------------------------------------------------------------------------
 
 
-def row_from_group(group: CandidateGroup) -> dict[str, Any]:
-    responses = [{key: getattr(candidate, key) for key in _RESPONSE_KEYS} for candidate in group.candidates]
-    empty = {"reward_raw": None, "reward": None, "selected": None}
+def row_from_group(group: CandidateGroup) -> Row:
+    """Given responses bring their reward along as reward_raw: offline data can then be scored from the file alone."""
+    given = group.prompt.responses
+    is_given = [response.content for response in given] == [candidate.content for candidate in group.candidates]
+    rewards = [response.reward for response in given] if is_given else [None] * len(group.candidates)
     return {
         "id": group.prompt.id,
         "prompt": list(group.prompt.messages),
         "prompt_ids": list(group.prompt_ids),
-        "responses": [response | empty for response in responses],
+        "responses": [
+            {
+                "content": candidate.content,
+                "token_ids": list(candidate.token_ids),
+                "logp": [_null_if_not_finite(value) for value in candidate.logp],
+                "finish_reason": candidate.finish_reason,
+                "version": candidate.version,
+                "reward_raw": _null_if_not_finite(reward),
+                "reward": None,
+                "selected": None,
+            }
+            for candidate, reward in zip(group.candidates, rewards, strict=True)
+        ],
     }
 
 
-def row_from_scored(scored: ScoredGroup) -> dict[str, Any]:
+def row_from_scored(scored: ScoredGroup) -> Row:
     row = row_from_group(scored.group)
-    for response, raw, reward in zip(row["responses"], scored.reward_raw, scored.reward, strict=True):
-        response |= {"reward_raw": _null_if_nan(raw), "reward": _null_if_nan(reward)}
+    write_rewards(row, scored.reward_raw, scored.reward)
     return row
 
 
-def row_from_selected(selected: SelectedGroup) -> dict[str, Any]:
+def row_from_selected(selected: SelectedGroup) -> Row:
     row = row_from_scored(selected.scored)
     mark(row, selected)
     return row
 
 
-def mark(row: dict[str, Any], selected: SelectedGroup) -> None:
-    """Writes the selection into the row's responses."""
+def write_rewards(row: Row, reward_raw: Sequence[float], reward: Sequence[float]) -> None:
+    """Writes raw and normalised rewards into the row's responses."""
+    for response, raw, value in zip(row["responses"], reward_raw, reward, strict=True):
+        response["reward_raw"] = _null_if_not_finite(raw)
+        response["reward"] = _null_if_not_finite(value)
+
+
+def mark(row: Row, selected: SelectedGroup) -> None:
+    """Writes the selection into the row."""
     for i, response in enumerate(row["responses"]):
         response["selected"] = "positive" if i in selected.positive else "negative" if i in selected.negative else None
+    row["cost"] = _null_if_not_finite(selected.cost)
+    row["skip_reason"] = selected.skip_reason
 
 
-def group_from_row(row: dict[str, Any], where: str = "row") -> CandidateGroup:
-    """The group of a row. Raises ValueError naming `where` and the key that is missing or of the wrong type."""
+def _null_if_not_finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# --- rows to nouns ----------------------------------------------------------------------------------------------------
+
+
+def group_from_row(row: Row, where: str = "row") -> CandidateGroup:
+    """The group of a row; its prompt carries the responses and their raw rewards as given ones.
+
+    Raises ValueError naming `where` and the key that is missing or of the wrong type.
+    """
     try:
         candidates = tuple(
             Candidate(
                 content=response["content"],
                 token_ids=tuple(response["token_ids"]),
-                logp=tuple(response["logp"]),
+                logp=tuple(_nan_if_null(value) for value in response["logp"]),
                 finish_reason=response["finish_reason"],
                 version=response["version"],
             )
@@ -74,17 +110,68 @@ def group_from_row(row: dict[str, Any], where: str = "row") -> CandidateGroup:
         raise ValueError(f"{where}: not a row of a stage file ({error!r}); make it with `ampo-fast generate`") from None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows. Raises ValueError naming file and line."""
-    return [row for _, row in read_jsonl(Path(path))]
+def scored_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> ScoredGroup:
+    """The group with its rewards as stored; valid is what has a normalised reward. embedding [N, E]."""
+    group = group_from_row(row, where)
+    reward = tuple(_nan_if_null(response.get("reward")) for response in row["responses"])
+    return ScoredGroup(
+        group=group,
+        reward_raw=tuple(_nan_if_null(value) for value in raw_rewards(row)),
+        reward=reward,
+        valid=tuple(math.isfinite(value) for value in reward),
+        embedding=embedding,
+    )
 
 
-def read_groups(path: Path) -> list[CandidateGroup]:
-    return [group_from_row(row, f"{path}:{number}") for number, row in read_jsonl(Path(path))]
+def selected_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> SelectedGroup:
+    """The group with its selection as stored: positives by falling reward, negatives by rising, ties by index."""
+    scored = scored_from_row(row, embedding, where)
+    marks = [response.get("selected") for response in row["responses"]]
+    side = {name: [i for i, value in enumerate(marks) if value == name] for name in ("positive", "negative")}
+    return SelectedGroup(
+        scored=scored,
+        positive=tuple(sorted(side["positive"], key=lambda i: -scored.reward[i])),
+        negative=tuple(sorted(side["negative"], key=lambda i: scored.reward[i])),
+        cost=_nan_if_null(row.get("cost")),
+        skip_reason=row.get("skip_reason"),
+    )
 
 
-def raw_rewards(row: dict[str, Any]) -> list[float | None]:
+def raw_rewards(row: Row) -> list[float | None]:
     return [response.get("reward_raw") for response in row["responses"]]
+
+
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows. Raises ValueError naming file and line where one is broken, not of a stage file, or repeats an id."""
+    rows: list[Row] = []
+    seen_at: dict[str, str] = {}
+    for number, row in read_jsonl(Path(path)):
+        where = f"{path}:{number}"
+        _check_row(row, where)
+        if row["id"] in seen_at:
+            raise ValueError(f"{where}: id {row['id']!r} is already at {seen_at[row['id']]}; ids must be unique")
+        seen_at[row["id"]] = where
+        rows.append(row)
+    return rows
+
+
+def _check_row(row: Row, where: str) -> None:
+    wrong = [
+        f"{name} must be {what}"
+        for name, kind, what in (("id", str, "text"), ("prompt", list, "a list"), ("responses", list, "a list"))
+        if not isinstance(row.get(name), kind)
+    ]
+    if not wrong and not all(isinstance(r, dict) and isinstance(r.get("content"), str) for r in row["responses"]):
+        wrong = ["every response must have text content"]
+    if wrong:
+        raise ValueError(f"{where}: not a row of a stage file ({', '.join(wrong)}); make it with `ampo-fast generate`")
 
 
 def embeddings_path(path: Path) -> Path:
@@ -92,36 +179,65 @@ def embeddings_path(path: Path) -> Path:
 
 
 def read_embeddings(path: Path, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The [N, E] blocks of a stage file's rows of these sizes. Raises ValueError where the counts differ."""
+    """The [N, E] blocks of a stage file's rows of these sizes. Raises ValueError where missing, broken or too few."""
     beside = embeddings_path(path)
     if not beside.is_file():
         raise ValueError(f"{beside} does not exist: run `ampo-fast embed` on {path} first")
-    stacked = load_file(beside)["embeddings"]
-    if len(stacked) != sum(sizes):
-        raise ValueError(f"{beside} holds {len(stacked)} embeddings, {path} has {sum(sizes)} responses; embed it again")
-    return list(stacked.split(list(sizes)))
+    try:
+        stacked_nE = load_file(beside)["embeddings"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{beside} does not hold embeddings ({error}); delete it and embed again") from None
+    if len(stacked_nE) != sum(sizes):
+        count, wanted = len(stacked_nE), sum(sizes)
+        raise ValueError(f"{beside} holds {count} embeddings, {path} has {wanted} responses; embed it again")
+    return list(stacked_nE.split(list(sizes)))
 
 
-def write_rows_atomic(path: Path, items: Iterable[ScoredGroup | SelectedGroup]) -> None:
-    """Writes the rows and their embeddings so that the row file exists whole or not at all (embeddings first)."""
+def write_rows_atomic(
+    path: Path,
+    items: Iterable[ScoredGroup | SelectedGroup | Row],
+    embeddings: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Writes rows and their embeddings so that the row file exists whole or not at all (embeddings first).
+
+    Groups bring their embeddings; for plain rows pass their [N, E] blocks, or None to write the rows alone.
+    """
     items = list(items)
-    scored = [item.scored if isinstance(item, SelectedGroup) else item for item in items]
-    rows = [row_from_selected(item) if isinstance(item, SelectedGroup) else row_from_scored(item) for item in items]
-    write_embeddings(path, [group.embedding for group in scored])
+    groups = [item.scored if isinstance(item, SelectedGroup) else item for item in items]
+    if groups and isinstance(groups[0], ScoredGroup):
+        embeddings = [group.embedding for group in groups]
+    rows = [_row(item) for item in items]
+    if embeddings is not None:
+        write_embeddings(path, embeddings)
     _replace(Path(path), lambda aside: aside.write_text("".join(map(dump_line, rows)), encoding="utf-8"))
 
 
+def _row(item: ScoredGroup | SelectedGroup | Row) -> Row:
+    if isinstance(item, SelectedGroup):
+        return row_from_selected(item)
+    return row_from_scored(item) if isinstance(item, ScoredGroup) else item
+
+
 def write_embeddings(path: Path, blocks: Sequence[torch.Tensor]) -> None:
-    stacked = torch.cat(list(blocks)).contiguous()
-    _replace(embeddings_path(path), lambda aside: save_file({"embeddings": stacked}, aside))
+    """Stacks the rows' [N, E] blocks in file order into the .safetensors beside `path`, whole or not at all."""
+    save_tensors(embeddings_path(path), {"embeddings": torch.cat(list(blocks))})
 
 
-def _replace(path: Path, write) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda aside: save_file(whole, aside))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write aside, fsync, rename: after a crash or on a full disk the old file is still there, whole."""
     aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class RowWriter:
@@ -135,26 +251,32 @@ class RowWriter:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.rows = self._recover()
+        """What the file held when it was opened."""
         self._file = self.path.open("a", encoding="utf-8")
 
-    def _recover(self) -> list[dict[str, Any]]:
+    def _recover(self) -> list[Row]:
         if not self.path.exists():
             return []
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        num_whole_bytes = content.rfind(b"\n") + 1
+        if num_whole_bytes < len(content):
             with self.path.open("rb+") as file:
-                file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+                file.truncate(num_whole_bytes)
+        return read_rows(self.path) if num_whole_bytes else []
 
     def groups(self, prompts: Sequence[Prompt]) -> dict[str, CandidateGroup]:
         """The finished groups of these prompts, with the prompts as given."""
-        return {group.prompt.id: group for group in map(group_from_row, self.rows)} if prompts else {}
+        by_id = {prompt.id: prompt for prompt in prompts}
+        return {
+            row["id"]: dataclasses.replace(group_from_row(row), prompt=by_id[row["id"]])
+            for row in self.rows
+            if row["id"] in by_id
+        }
 
     def write(self, groups: Sequence[CandidateGroup]) -> None:
         self.write_rows([row_from_group(group) for group in groups])
 
-    def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+    def write_rows(self, rows: Sequence[Row]) -> None:
         self._file.write("".join(map(dump_line, rows)))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -162,9 +284,5 @@ class RowWriter:
     def __enter__(self) -> RowWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
-
-
-def _null_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
