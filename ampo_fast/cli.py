@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 _STAGES = {
     "generate": "sample candidates for prompts",
@@ -16,77 +17,178 @@ _STAGES = {
     "embed": "write the candidates' embeddings beside the rows",
     "select": "mark the positive and the k negatives of each group",
 }
+_OVERRIDES = "[--section.field VALUE ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a user's mistake (one `error:` line), 130 for Ctrl-C."""
+    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command in ("inspect", "report"):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    options = parser.parse_args(own)
+    if overrides and not hasattr(options, "config"):
+        parser.error(f"{options.command} reads no config: unrecognized arguments: {' '.join(overrides)}")
     try:
         return options.run(options, overrides)
+    except BrokenPipeError:  # `ampo-fast inspect FILE | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("AMPO_FAST_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume auto", file=sys.stderr)
+        hint = "--resume auto goes on" if options.command == "train" else "the same command goes on"
+        print(f"interrupted; {hint}", file=sys.stderr)
         return 130
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse reads, ["--section.field", "value", ...]).
+
+    argparse alone would take the value of an unknown option for CONFIG, and a value like -1 for an option.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if not (name.startswith("--") and "." in name):
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if not equals:
+            overrides += [value for value in (next(rest, None),) if value is not None]
+    return own, overrides
+
+
+def _one_line(error: Exception) -> str:
+    """The message; a single problem under its source becomes one line, several keep theirs."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return " ".join(lines) if len(lines) <= 2 else "\n  ".join(lines)
+
+
+def _config_help() -> str:
+    recipes = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+    return f"a TOML file, or a recipe that ships: {', '.join(recipes)}"
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     from ampo_fast import __version__
 
-    parser = argparse.ArgumentParser(prog="ampo-fast", description="Active Multi-Preference Optimization of language models.")
+    parser = argparse.ArgumentParser(
+        prog="ampo-fast",
+        description="Active Multi-Preference Optimization of language models.",
+        epilog="`ampo-fast train --help` lists every field of the configuration.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"ampo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train",
-        help="train from a config file or a recipe",
-        usage="ampo-fast train CONFIG [--section.field VALUE ...] [--dry-run] [--print-config] [--resume auto]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    train.add_argument("config", nargs="?", help="a TOML file, or a recipe that ships: quickstart, offline")
-    train.add_argument("-h", "--help", action="store_true", help="show this text with every config field, and stop")
-    train.add_argument("--dry-run", action="store_true", help="show data, masks, lengths, memory and cost, then stop")
-    train.add_argument("--print-config", action="store_true", help="print the resolved config as TOML, then stop")
-    train.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint")
-    train.set_defaults(run=_train, parser=train)
+    _add_train(commands)
     for name, text in _STAGES.items():
-        stage = commands.add_parser(
-            name, help=text, description=f"{text}; resumes where it was stopped.",
-            usage=f"ampo-fast {name} CONFIG --input FILE --output FILE [--section.field VALUE ...]",
-        )  # fmt: skip
-        stage.add_argument("config", help="a TOML file or a recipe")
-        stage.add_argument("--input", type=Path, required=name != "generate", help="the stage file before")
-        stage.add_argument("--output", type=Path, required=True, help="JSON Lines, one prompt a line")
-        stage.set_defaults(run=_stage)
-    inspect = commands.add_parser("inspect", help="look at the groups of a stage or rollout file")
+        _add_stage(commands, name, text)
+    inspect = commands.add_parser("inspect", help="look at the groups of a stage or rollout file", allow_abbrev=False)
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--id", help="only this prompt")
-    inspect.add_argument("--limit", type=int, default=3, help="how many prompts (default 3)")
+    inspect.add_argument("--limit", type=_count, default=3, help="how many prompts (default 3)")
     inspect.set_defaults(run=_inspect)
-    report = commands.add_parser("report", help="write report.html of a run directory again")
+    report = commands.add_parser("report", help="write report.html of a run directory again", allow_abbrev=False)
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train from a config file or a recipe",
+        usage=f"ampo-fast train CONFIG {_OVERRIDES} [--dry-run] [--print-config] [--resume auto|never]",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    train.add_argument("-h", "--help", action=_TrainHelp)
+    train.add_argument("config", metavar="CONFIG", help=_config_help())
+    train.add_argument("--dry-run", action="store_true", help="show data, masks, lengths, memory and cost, then stop")
+    train.add_argument("--print-config", action="store_true", help="print the resolved config as TOML, then stop")
+    train.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="never",
+        help="auto: go on from the newest checkpoint, where there is one (default never)",
+    )
+    train.set_defaults(run=_train)
+
+
+class _TrainHelp(argparse.Action):
+    """--help with every config field, which must be read from the config classes: only then they are imported."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show this text with every config field, and stop")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.print_help()
+        print(f"\n{fields_help()}")
+        parser.exit()
+
+
+def _add_stage(commands: argparse._SubParsersAction, name: str, text: str) -> None:
+    is_first = name == "generate"
+    given = "[--input FILE]" if is_first else "--input FILE"
+    stage = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}; goes on where it was stopped.",
+        usage=f"ampo-fast {name} CONFIG {given} --output FILE {_OVERRIDES}",
+        allow_abbrev=False,
+    )
+    stage.add_argument("config", metavar="CONFIG", help=_config_help())
+    source = "prompts (default data.train)" if is_first else "the file of the stage before"
+    # Text, not a Path, where it may be package:NAME or a data set's name.
+    stage.add_argument("--input", type=str if is_first else Path, required=not is_first, metavar="FILE", help=source)
+    stage.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON Lines, one prompt a line")
+    stage.set_defaults(run=_stage)
+
+
+def fields_help() -> str:
+    """Every visible config field with its default and description, one a line."""
+    from pydantic_core import PydanticUndefined
+
+    from ampo_fast.config import field_paths
+
+    lines = ["config fields, all as --section.field VALUE:"]
+    for path, info in field_paths():
+        if info.is_required():
+            default = "required"
+        else:
+            value = info.default_factory() if info.default is PydanticUndefined else info.default
+            default = repr(str(value)) if isinstance(value, Path) else repr(value)
+        is_choice = get_origin(info.annotation) is Literal
+        choices = f"One of {', '.join(get_args(info.annotation))}. " if is_choice else ""
+        lines.append(f"  --{path:26} [{default}] {choices}{info.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast.config import load_config
 
-    if options.help or options.config is None:
-        options.parser.print_help()
-        print(_fields_help())
-        return 0 if options.help else 2
     config = load_config(options.config, overrides)
     if options.print_config:
         import tomli_w
 
-        values = config.model_dump(mode="json", exclude_none=True)
-        print(tomli_w.dumps(values), end="")
+        # TOML has no null; every field that may be None has None as its default.
+        print(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), end="")
         return 0
     _quiet_libraries()
     if options.dry_run:
@@ -101,23 +203,6 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _fields_help() -> str:
-    from pydantic_core import PydanticUndefined
-
-    from ampo_fast.config import field_paths
-
-    lines = ["config fields:"]
-    for path, info in field_paths():
-        if info.is_required():
-            default = "required"
-        elif info.default is PydanticUndefined:
-            default = repr(info.default_factory())
-        else:
-            default = repr(info.default) if not isinstance(info.default, Path) else repr(str(info.default))
-        lines.append(f"  --{path:32} [{default}] {info.description or ''}".rstrip())
-    return "\n".join(lines)
-
-
 def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast.config import load_config
 
@@ -126,7 +211,7 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast import stages
 
     added = getattr(stages, options.command)(config, options.input, options.output)
-    print(json.dumps({"output": str(options.output), "rows_added": added}))
+    print(json.dumps({"output": str(options.output), "rows_added": added}), flush=True)
     return 0
 
 
@@ -135,7 +220,11 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from ampo_fast.inspect_rows import inspect
 
-    inspect(options.file, only=options.id, limit=options.limit, console=Console(width=None if sys.stdout.isatty() else 120))
+    is_terminal = sys.stdout.isatty()
+    # Not rich's own test: FORCE_COLOR would let control characters into a file.
+    console = Console(force_terminal=is_terminal, no_color=not is_terminal, width=None if is_terminal else 120)
+    inspect(options.file, only=options.id, limit=options.limit, console=console)
+    sys.stdout.flush()
     return 0
 
 
@@ -149,13 +238,10 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Warnings of ours on stderr; the libraries' own progress bars off, since ours shows the work."""
+    """Our warnings on stderr, the libraries' progress bars off: ours shows the work. Call before importing them."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

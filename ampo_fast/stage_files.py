@@ -209,7 +209,7 @@ def write_rows_atomic(
     rows = [_row(item) for item in items]
     if embeddings is not None:
         write_embeddings(path, embeddings)
-    _replace(Path(path), lambda aside: aside.write_text("".join(map(dump_line, rows)), encoding="utf-8"))
+    write_atomic(Path(path), lambda aside: aside.write_text("".join(map(dump_line, rows)), encoding="utf-8"))
 
 
 def _row(item: ScoredGroup | SelectedGroup | Row) -> Row:
@@ -224,11 +224,19 @@ def write_embeddings(path: Path, blocks: Sequence[torch.Tensor]) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a .safetensors file, whole or not at all."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda aside: save_file(whole, aside))
+
+    def write(aside: Path) -> None:
+        aside.touch()
+        mode = aside.stat().st_mode
+        save_file(whole, aside)
+        aside.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
+
+    write_atomic(path, write)
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Write aside, fsync, rename: after a crash or on a full disk the old file is still there, whole."""
     aside = path.with_name(f".{path.name}.tmp")
     try:

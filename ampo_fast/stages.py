@@ -1,191 +1,309 @@
-"""The stages alone, file to file: generate, score, embed, select. Each resumes where it was stopped.
+"""The stages alone, file to file: generate, score, embed, select. Each goes on where it was stopped.
 
-Rows that the output already holds are kept; the rest is computed and appended, one line per prompt. A sidecar
-OUTPUT.config.json remembers the settings that the stage depends on, and another configuration is refused.
+Rows that the output holds are kept; the rest is computed batch by batch, each batch on disk before the next. Batches
+are a function of the input alone and are redone whole, so that a stage that was stopped and resumed writes, byte for
+byte, what one that was never stopped writes. A sidecar OUTPUT.config.json holds the settings that the stage depends
+on; others are refused. Embeddings beside the input follow the rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
-from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, normalizer_for, score_group, valid_candidates
+from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, normalizer_for, valid_candidates
 from ampo_fast.rollouts import generation_batches, make_engine
 from ampo_fast.sampler import admit_prompts
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
+    Row,
     RowWriter,
     embeddings_path,
     group_from_row,
     mark,
-    raw_rewards,
     read_embeddings,
     read_rows,
     row_from_group,
-    write_embeddings,
+    save_tensors,
+    scored_from_row,
+    write_atomic,
+    write_rewards,
+    write_rows_atomic,
 )
-from ampo_fast.types import CandidateGroup, Sampling
+from ampo_fast.types import Prompt, Sampling
 
-Row = dict[str, Any]
-_BATCH = 64
-"""Prompts scored or selected between two writes."""
+_BATCH_PROMPTS = 64
+"""Prompts scored, embedded or selected between two writes."""
 
 _SETTINGS = {
-    "generate": ("data.train", "model.path", "model.dtype", "rollout", "run.seed"),
-    "score": ("reward", "rollout.truncated", "loss.name"),
-    "embed": ("embed",),
-    "select": ("select", "reward.tol", "rollout.truncated", "run.seed"),
+    "generate": (
+        "run.seed",
+        "model.path",
+        "model.dtype",
+        "rollout.engine",
+        "rollout.n",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.top_k",
+        "rollout.max_new_tokens",
+        "rollout.batch_rows",
+    ),
+    "score": ("reward.kind", "reward.normalize", "rollout.truncated"),
+    "embed": ("embed.model",),
+    "select": ("run.seed", "select.strategy", "select.k", "select.coverage", "reward.tol", "rollout.truncated"),
 }
 
 
-def generate(config: Config, source: Path | None, output: Path) -> int:
+def generate(config: Config, source: str | Path | None, output: Path) -> int:
     """Samples rollout.n candidates for every prompt of `source` (default data.train); returns how many rows are new."""
-    _check_settings("generate", config, output, source)
-    prompts = load_prompts(str(source) if source else config.data.train)
+    is_offline = config.rollout.engine == "data"
+    prompts = load_prompts(str(source or config.data.train), needs_responses=is_offline)
+    _claim("generate", config, output)
     policy = Policy.load(config.model)
-    prompts = admit_prompts(prompts, policy, config, "the prompts")
-    engine = make_engine(config, policy)
+    prompts = admit_prompts(prompts, policy, config, "--input" if source else "data.train")
+    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
     rollout = config.rollout
     sampling = Sampling(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens, seed=config.run.seed,
-    )  # fmt: skip
-    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=config.run.seed,
+    )
     batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
+    engine = make_engine(config, policy)
 
-    def rows(batch: Sequence[Any]) -> list[Row]:
+    def answer(batch: Sequence[Prompt]) -> list[Row]:
         return [row_from_group(group) for group in engine.generate(batch, rollout.n, sampling)]
 
-    return _append("generate", output, batches, lambda prompt: prompt.id, rows)
+    try:
+        return _append("generate", output, prompts, batches, answer)
+    finally:
+        engine.close()
 
 
 def score(config: Config, source: Path, output: Path) -> int:
-    """Adds reward_raw and the normalised reward to every response."""
-    _check_settings("score", config, output, source)
+    """Adds the raw and the normalised reward to every response; needs no embeddings. Returns how many rows are new."""
+    rows = _input("score", config, source, output)
     reward_fn = make_reward(config)
+    rule = normalizer_for(config)
 
-    def rows(batch: Sequence[Row]) -> list[Row]:
-        groups = [_group(row) for row in batch]
+    def judge(batch: Sequence[Row]) -> list[Row]:
+        groups = [group_from_row(row, f"{source}, id {row['id']!r}") for row in batch]
         rewards = reward_fn(groups)
         check_missing(groups, rewards, config.reward.max_missing_share)
-        for row, group, raw in zip(batch, groups, rewards, strict=True):
-            _write_rewards(row, group, raw, config)
+        for row, group, given in zip(batch, groups, rewards, strict=True):
+            raw = [math.nan if value is None else float(value) for value in given]
+            valid = valid_candidates(group, raw, config.rollout.truncated)
+            write_rewards(row, raw, normalize_rewards(raw, valid, rule))
         return list(batch)
 
-    return _append("score", output, _batches(read_rows(source)), lambda row: row["id"], rows)
-
-
-def _write_rewards(row: Row, group: CandidateGroup, raw: Sequence[float | None], config: Config) -> None:
-    numbers = [math.nan if value is None else float(value) for value in raw]
-    valid = valid_candidates(group, numbers, config.rollout.truncated)
-    rewards = normalize_rewards(numbers, valid, normalizer_for(config))
-    for response, value, reward in zip(row["responses"], numbers, rewards, strict=True):
-        response["reward_raw"] = value if math.isfinite(value) else None
-        response["reward"] = reward if math.isfinite(reward) else None
-
-
-def embed(config: Config, source: Path, output: Path) -> int:
-    """Writes the embeddings of every response beside the rows. Done as a whole: it is fast, and one tensor."""
-    _check_settings("embed", config, output, source)
-    rows = read_rows(source)
-    policy = Policy.load(config.model) if config.embed.model == "policy" else None
-    embedder = make_embedder(config, policy)
-    blocks = []
-    with TrainingProgress(len(rows), unit="prompt", plain_interval_s=5) as progress, progress.phase("embed"):
-        for i, row in enumerate(rows, 1):
-            blocks.append(embedder.embed([response["content"] for response in row["responses"]]))
-            progress.step_done(i, {})
-    output.unlink(missing_ok=True)
-    write_embeddings(output, blocks)
-    return _append("embed", output, _batches(rows), lambda row: row["id"], list)
-
-
-def select(config: Config, source: Path, output: Path) -> int:
-    """Marks 1 positive and k negatives in every row; a degenerate group stays unmarked."""
-    _check_settings("select", config, output, source)
-    rows = read_rows(source)
-    blocks = dict(zip([row["id"] for row in rows], read_embeddings(source, [len(r["responses"]) for r in rows]), strict=True))
-    scored = {
-        row["id"]: score_group(_group(row), raw_rewards(row), blocks[row["id"]], config) for row in rows
-    }
-    tolerance = RewardTolerance(config.reward.tol).update(list(scored.values()))
-
-    def marked(batch: Sequence[Row]) -> list[Row]:
-        chosen = select_groups([scored[row["id"]] for row in batch], config, tolerance)
-        for row, selected in zip(batch, chosen, strict=True):
-            mark(row, selected)
-        return list(batch)
-
-    added = _append("select", output, _batches(rows), lambda row: row["id"], marked)
-    if embeddings_path(output) != embeddings_path(source):
-        write_embeddings(output, [blocks[row["id"]] for row in read_rows(output)])
+    added = _append("score", output, rows, _batches(rows), judge)
+    _copy_embeddings(source, output)
     return added
 
 
-def _group(row: Row) -> CandidateGroup:
-    return group_from_row(row, f"row {row.get('id')!r}")
+def embed(config: Config, source: Path, output: Path) -> int:
+    """Copies the rows and writes every response's embedding beside them; returns how many rows were embedded.
+
+    Finished batches wait in OUTPUT.parts/, under a digest of their texts, until the whole tensor can be written.
+    """
+    rows = _input("embed", config, source, output)
+    parts = output.with_name(output.name + ".parts")
+    done = _embedded(output, parts)
+    todo = [batch for batch in _batches(rows) if not all(_digest(row) in done for row in batch)]
+    if todo:
+        parts.mkdir(parents=True, exist_ok=True)
+        policy = Policy.load(config.model) if config.embed.model == "policy" else None
+        embedder = make_embedder(config, policy)
+        _embed_batches(embedder.embed, todo, done, parts, total=len(rows))
+    write_rows_atomic(output, rows, [done[_digest(row)] for row in rows])
+    shutil.rmtree(parts, ignore_errors=True)
+    return sum(len(batch) for batch in todo)
 
 
-def _batches(rows: Sequence[Row]) -> list[list[Row]]:
-    return [list(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
+def select(config: Config, source: Path, output: Path) -> int:
+    """Marks 1 positive and k negatives in every row; a degenerate group carries its skip_reason instead."""
+    rows = _input("select", config, source, output)
+    if all(response.get("reward") is None for row in rows for response in row["responses"]):
+        raise ValueError(f"{source} has no rewards: run `ampo-fast score` on it first")
+    blocks = read_embeddings(source, [len(row["responses"]) for row in rows])
+    scored = {
+        row["id"]: scored_from_row(row, block, f"{source}, id {row['id']!r}")
+        for row, block in zip(rows, blocks, strict=True)
+    }
+    tolerance = RewardTolerance(config.reward.tol).update(list(scored.values()))
+
+    def choose(batch: Sequence[Row]) -> list[Row]:
+        chosen = select_groups([scored[row["id"]] for row in batch], config, tolerance)
+        for row, group in zip(batch, chosen, strict=True):
+            mark(row, group)
+        return list(batch)
+
+    added = _append("select", output, rows, _batches(rows), choose)
+    _copy_embeddings(source, output)
+    return added
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def _append(
     stage: str,
     output: Path,
+    items: Sequence[Prompt] | Sequence[Row],
     batches: Sequence[Sequence[Any]],
-    key: Callable[[Any], str],
     compute: Callable[[Sequence[Any]], list[Row]],
 ) -> int:
-    """Runs `compute` on what the output lacks, batch by batch, each on disk before the next; returns the new rows."""
-    total = sum(len(batch) for batch in batches)
-    added = 0
+    """Computes the batches that the output lacks rows of; leaves the output in the order of `items`."""
+    by_id = {_id(item): item for item in items}
     with RowWriter(output) as writer:
+        _check_belongs(writer.rows, by_id, output)
         done = {row["id"] for row in writer.rows}
-        seen = 0
-        with TrainingProgress(total, unit="prompt", plain_interval_s=5) as progress:
+        added, before = 0, len(done)
+        with TrainingProgress(len(by_id), before, unit="prompt", plain_interval_s=5) as progress:
             for batch in batches:
-                todo = [item for item in batch if key(item) not in done]
-                if todo:
-                    with progress.phase(stage):
-                        rows = compute(todo)
+                missing = {_id(item) for item in batch} - done
+                if not missing:
+                    continue
+                with progress.phase(stage, total=len(batch)):
+                    rows = [row for row in compute(batch) if row["id"] in missing]
                     writer.write_rows(rows)
-                    added += len(rows)
-                seen += len(batch)
-                progress.step_done(seen, {})
+                added += len(rows)
+                progress.step_done(before + added, {})
+    _put_in_order(output, list(by_id))
     return added
 
 
-def _check_settings(stage: str, config: Config, output: Path, source: Path | None) -> None:
-    """Remembers the settings that the stage depends on, and refuses to add rows made with others."""
-    if source is not None and output.resolve() == source.resolve():
-        raise ValueError(f"--output {output} is the input; a stage never writes over what it reads")
-    resolved = json.loads(config.model_dump_json())
-    settings = {name: _lookup(resolved, name) for name in _SETTINGS[stage]}
+def _check_belongs(rows: Sequence[Row], by_id: dict[str, Any], output: Path) -> None:
+    """Rows of another input under the same name would be mixed in silently."""
+    for row in rows:
+        item = by_id.get(row["id"])
+        if item is None:
+            raise ValueError(f"{output} has a row {row['id']!r} that the input lacks; choose another --output")
+        if not _is_same(row, item):
+            raise ValueError(f"{output}: row {row['id']!r} has other texts than the input; choose another --output")
+
+
+def _is_same(row: Row, item: Prompt | Row) -> bool:
+    if isinstance(item, Prompt):
+        return row["prompt"] == list(item.messages)
+    return row["prompt"] == item["prompt"] and _texts(row) == _texts(item)
+
+
+def _put_in_order(output: Path, ids: Sequence[str]) -> None:
+    rows = read_rows(output)
+    if [row["id"] for row in rows] != list(ids):
+        place = {prompt_id: i for i, prompt_id in enumerate(ids)}
+        write_rows_atomic(output, sorted(rows, key=lambda row: place[row["id"]]))
+
+
+def _input(stage: str, config: Config, source: Path, output: Path) -> list[Row]:
+    if source.resolve() == output.resolve():
+        raise ValueError(f"--input and --output are both {source}; choose another --output")
+    rows = read_rows(source)
+    _claim(stage, config, output)
+    return rows
+
+
+def _claim(stage: str, config: Config, output: Path) -> None:
+    """Writes the stage's settings beside the output, or checks that the output was begun with the same ones."""
+    settings = {"stage": stage} | _settings(stage, config)
     sidecar = output.with_name(output.name + ".config.json")
-    if sidecar.exists() and output.exists():
-        before = json.loads(sidecar.read_text())
-        differing = [name for name in settings if before.get(name) != settings[name]]
+    if output.exists():
+        if not sidecar.exists():
+            raise ValueError(f"{output} exists and was not begun by `ampo-fast {stage}`; choose another --output")
+        begun = json.loads(sidecar.read_text())
+        differing = [
+            f"{name} = {begun.get(name)!r}, now {settings.get(name)!r}"
+            for name in sorted(begun.keys() | settings.keys())
+            if begun.get(name) != settings.get(name)
+        ]
         if differing:
-            raise ValueError(
-                f"{output} was made with another {', '.join(differing)} "
-                f"({'; '.join(f'{name}: {before.get(name)} -> {settings[name]}' for name in differing)}); "
-                "choose another --output"
-            )
-        return
+            raise ValueError(f"{output} was begun with {'; '.join(differing)}; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    sidecar.write_text(json.dumps(settings, indent=2) + "\n")
+    write_atomic(sidecar, lambda aside: aside.write_text(json.dumps(settings, indent=2) + "\n"))
 
 
-def _lookup(values: dict[str, Any], path: str) -> Any:
-    for part in path.split("."):
-        values = values[part]
-    return values
+def _settings(stage: str, config: Config) -> dict[str, Any]:
+    names = [*_SETTINGS[stage]]
+    if stage == "score" and config.reward.normalize == "auto":
+        names.append("loss.name")  # which decides what auto is
+    if stage == "embed" and config.embed.model == "policy":
+        names += ["model.path", "model.dtype"]
+    sections = config.model_dump(mode="json")
+    return {name: sections[name.partition(".")[0]][name.partition(".")[2]] for name in names}
+
+
+# --- embeddings -------------------------------------------------------------------------------------------------------
+
+
+def _embed_batches(
+    embed_texts: Callable[[Sequence[str]], torch.Tensor],
+    batches: Sequence[Sequence[Row]],
+    done: dict[str, torch.Tensor],
+    parts: Path,
+    total: int,
+) -> None:
+    num_done = total - sum(len(batch) for batch in batches)
+    with TrainingProgress(total, num_done, unit="prompt", plain_interval_s=5) as progress:
+        for batch in batches:
+            with progress.phase("embed", total=len(batch)):
+                texts = [text for row in batch for text in _texts(row)]
+                blocks = embed_texts(texts).split([len(row["responses"]) for row in batch])
+                fresh = {_digest(row): block for row, block in zip(batch, blocks, strict=True)}
+                save_tensors(parts / f"{_digest(*batch)}.safetensors", {key: b.clone() for key, b in fresh.items()})
+            done |= fresh
+            num_done += len(batch)
+            progress.step_done(num_done, {})
+
+
+def _embedded(output: Path, parts: Path) -> dict[str, torch.Tensor]:
+    """{digest of a row's texts: [N, E]} of what is already embedded."""
+    done: dict[str, torch.Tensor] = {}
+    if output.exists() and embeddings_path(output).exists():
+        rows = read_rows(output)
+        blocks = read_embeddings(output, [len(row["responses"]) for row in rows])
+        done |= {_digest(row): block for row, block in zip(rows, blocks, strict=True)}
+    for part in sorted(parts.glob("*.safetensors")):
+        done |= load_file(part)
+    return done
+
+
+def _digest(*rows: Row) -> str:
+    texts = [_texts(row) for row in rows]
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+
+
+def _copy_embeddings(source: Path, output: Path) -> None:
+    """The output has the input's rows in the input's order, so its embeddings are the same file."""
+    if embeddings_path(source).exists():
+        write_atomic(embeddings_path(output), lambda aside: shutil.copyfile(embeddings_path(source), aside))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _id(item: Prompt | Row) -> str:
+    return item.id if isinstance(item, Prompt) else item["id"]
+
+
+def _texts(row: Row) -> list[str]:
+    return [response["content"] for response in row["responses"]]
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    return [list(rows[at : at + _BATCH_PROMPTS]) for at in range(0, len(rows), _BATCH_PROMPTS)]

@@ -171,6 +171,12 @@ def test_plain_rows_are_written_with_or_without_embeddings(tmp_path):
     assert torch.equal(read_embeddings(tmp_path / "x.jsonl", [2])[0], torch.eye(2))
 
 
+def test_embeddings_have_the_mode_that_the_rows_have(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write_rows_atomic(path, [make_scored("a")])
+    assert embeddings_path(path).stat().st_mode == path.stat().st_mode
+
+
 def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     write_rows_atomic(path, [make_scored("old")])
