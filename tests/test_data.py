@@ -4,8 +4,10 @@ import builtins
 import gzip
 import json
 import math
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -244,6 +246,26 @@ def test_quickstart_prompts_ship_and_do_not_overlap():
 def test_unknown_packaged_prompts_name_the_known_ones():
     with pytest.raises(ValueError, match="package:quickstart_train"):
         load_prompts("package:quickstat")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "num_responses"),
+    [
+        ("alpaca_multi_dev_tiny.jsonl", 64, 1024),
+        ("human_multi_dev.jsonl", 30, 180),
+        ("pairs_dev.jsonl.gz", 2507, 5014),
+        ("prompts_dev.jsonl", 980, 0),
+    ],
+)
+def test_real_data_reads_whole(name, num_prompts, num_responses):
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("AMPO_FAST_DATA", beside)) / name
+    if not path.exists():
+        pytest.skip("needs the directory that AMPO_FAST_DATA names")
+    prompts = load_prompts(str(path))
+    assert len(prompts) == num_prompts
+    assert sum(len(prompt.responses) for prompt in prompts) == num_responses
+    assert all(response.reward is not None for prompt in prompts for response in prompt.responses)
 
 
 # --- ids ------------------------------------------------------------------------------------------
