@@ -65,15 +65,18 @@ class HeadChunk:
     def logit_gradient(self, grad_R: torch.Tensor, grad_eos_R: torch.Tensor | None) -> torch.Tensor:
         """d/dz of sum_r g_r logp_r + g_eos_r eos_logp_r, in the logits' buffer: -(g + g_eos) p + g 1_y + g_eos 1_eos.
 
-        The target's entry is -g expm1(logp): 1 - p would lose every digit where the model is sure.
+        The target's entry is g times the sum of all other probabilities: 1 - p would lose every digit where the model
+        is sure, and expm1(logp) those that z_y - lse has already lost.
         """
         slope_RV = None
         if self.options.softcap is not None:
             capped_RV = self.values_RV * (self.options.temperature / self.options.softcap)
             slope_RV = 1.0 - capped_RV.square_()
         total_R = grad_R if grad_eos_R is None else grad_R + grad_eos_R
-        gradient_RV = self.probabilities().mul_(-total_R[:, None])
-        own_R = -grad_R * torch.expm1(self.logp_R)
+        gradient_RV = self.probabilities().scatter_(1, self.target_R1, 0.0)
+        rest_R = gradient_RV.sum(1)
+        gradient_RV.mul_(-total_R[:, None])
+        own_R = grad_R * rest_R
         if grad_eos_R is not None:
             own_R = own_R - grad_eos_R * self.logp_R.exp()
         gradient_RV.scatter_(1, self.target_R1, own_R[:, None])

@@ -1,0 +1,197 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ampo_fast import fused_linear_group_loss, linear_logprob
+from ampo_fast.losses import AMPO, NLL, GroupContrastive, ResponseStats, Sum
+
+D, V = 8, 97
+RESPONSES = torch.tensor([0, 5, 9, 12, 20, 22, 30, 40])
+GROUPS = torch.tensor([0, 3, 7])
+
+
+def inputs(dtype=torch.float64, rows=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, D, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
+    bias = torch.randn(V, generator=g, dtype=dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(0, V, (rows,), generator=g), torch.rand(7, generator=g, dtype=dtype)
+
+
+def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None):
+    logits = hidden @ weight.T + bias
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    all_logp = torch.log_softmax(logits / temperature, dim=-1)
+    row = all_logp.gather(1, target[:, None])[:, 0]
+    logp = torch.stack([row[a:b].sum() for a, b in zip(RESPONSES[:-1], RESPONSES[1:], strict=True)])
+    eos = None
+    if eos_id is not None:
+        last = RESPONSES[1:] - 1
+        eos = all_logp[last, eos_id].masked_fill(target[last] != eos_id, torch.nan)
+    stats = ResponseStats(logp, RESPONSES.diff(), reward, GROUPS, eos_logp_M=eos)
+    return loss_fn(stats).per_group_B.sum() / 2
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+@pytest.mark.parametrize("chunk_rows", [1, 13, 1000])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (1.3, 4.0)])
+def test_loss_and_every_gradient_equal_the_naive_ones(mode, chunk_rows, temperature, softcap):
+    hidden, weight, bias, target, reward = inputs()
+    loss_fn = AMPO(alpha=0.3)
+    expected = naive(hidden, weight, bias, target, reward, loss_fn, temperature, softcap)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight, bias))
+    loss, stats = fused_linear_group_loss(
+        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn,
+        bias_V=bias, temperature=temperature, softcap=softcap, mode=mode, chunk_rows=chunk_rows,
+    )  # fmt: skip
+    grads = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert abs((loss - expected).item()) < 1e-13
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    assert not stats.logp_M.requires_grad
+    assert stats.length_M.tolist() == RESPONSES.diff().tolist()
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+def test_eos_column_gradient(mode):
+    hidden, weight, bias, target, reward = inputs()
+    target[RESPONSES[1:3] - 1] = 5
+    loss_fn = GroupContrastive(beta=1.0, eos_penalty="simple", eos_lambda=0.5)
+    expected = naive(hidden, weight, bias, target, reward, loss_fn, eos_id=5)
+    loss, _ = fused_linear_group_loss(
+        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn, bias_V=bias, eos_id=5, mode=mode
+    )
+    assert abs((loss - expected).item()) < 1e-13
+    for got, want in zip(
+        torch.autograd.grad(loss, (hidden, weight, bias)), torch.autograd.grad(expected, (hidden, weight, bias)), strict=True
+    ):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+def test_backward_repeats_and_scales():
+    hidden, weight, _, target, reward = inputs()
+    loss, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO(), mode="grouped")
+    first = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss * 3.0, weight, retain_graph=True)[0]
+    torch.testing.assert_close(second, 3.0 * first)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], first)
+
+
+def test_frozen_weight_keeps_the_hidden_gradient_and_refuses_a_trainable_one():
+    hidden, weight, bias, target, reward = inputs()
+    frozen = weight.detach()
+    loss, _ = fused_linear_group_loss(hidden, frozen, target, RESPONSES, GROUPS, reward, AMPO())
+    full, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(full, hidden)[0], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="frozen"):
+        fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO(), mode="frozen")
+
+
+def test_frozen_hidden_skips_its_gradient():
+    hidden, weight, _, target, reward = inputs()
+    loss, _ = fused_linear_group_loss(hidden.detach(), weight, target, RESPONSES, GROUPS, reward, AMPO())
+    full, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], torch.autograd.grad(full, weight)[0])
+
+
+def test_no_grad_gives_the_same_loss_and_no_graph():
+    hidden, weight, _, target, reward = inputs()
+    loss, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
+    with torch.no_grad():
+        quiet, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
+    assert not quiet.requires_grad
+    assert quiet.item() == pytest.approx(loss.item(), abs=1e-13)
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    hidden, weight, _, target, reward = inputs()
+    loss_fn = Sum([(1.0, AMPO()), (0.5, NLL())])
+    positive = torch.tensor([True, False, False, True, False, False, False])
+    whole, _ = fused_linear_group_loss(
+        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn, positive_M=positive, normalizer=2
+    )
+    parts = []
+    for first, last, m0, m1 in ((0, 12, 0, 3), (12, 40, 3, 7)):
+        part, _ = fused_linear_group_loss(
+            hidden[first:last], weight, target[first:last], RESPONSES[m0 : m1 + 1] - first, torch.tensor([0, m1 - m0]),
+            reward[m0:m1], loss_fn, positive_M=positive[m0:m1], normalizer=2,
+        )  # fmt: skip
+        parts.append(part)
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), weight)[0], torch.autograd.grad(whole, weight)[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_as_good_as_torch_in_the_same_dtype(dtype):
+    hidden, weight, bias, target, reward = inputs()
+    truth = torch.autograd.grad(naive(hidden, weight, bias, target, reward, AMPO()), (hidden, weight))
+    low = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    same = torch.autograd.grad(naive(*low, target, reward.to(dtype), AMPO()), low[:2])
+    loss, _ = fused_linear_group_loss(*low[:2], target, RESPONSES, GROUPS, reward.float(), AMPO(), bias_V=low[2])
+    ours = torch.autograd.grad(loss, low[:2])
+    slack = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype] * max(t.abs().max() for t in truth).item()
+    for mine, theirs, exact in zip(ours, same, truth, strict=True):
+        assert (mine.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + slack
+
+
+@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
+def test_logp_is_never_positive_whatever_the_shift(shift):
+    hidden, weight, _, target, _ = inputs(torch.float32)
+    logp = linear_logprob(hidden, weight, target, bias_V=torch.full((V,), shift))
+    assert (logp <= 0).all()
+    assert torch.isfinite(logp).all()
+
+
+def test_linear_logprob_gradcheck_for_signed_upstream():
+    hidden, weight, bias, target, _ = inputs()
+    hidden, target = hidden[:6].detach().requires_grad_(), target[:6]
+    run = lambda h, w, b: linear_logprob(h, w, target, bias_V=b, eos_id=3, temperature=0.8, softcap=4.0)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+    frozen = weight.detach()
+    assert torch.autograd.gradcheck(lambda h: linear_logprob(h, frozen, target, temperature=0.8), (hidden,))
+
+
+def test_sure_target_keeps_its_gradient_digits():
+    # p_target = 1 - 1e-4: computed as 1 - p in float32 the gradient would lose four digits.
+    logits = torch.zeros(4)
+    logits[0] = torch.log(torch.tensor(3 * (1 - 1e-4) / 1e-4, dtype=torch.float64)).float()
+    hidden = torch.ones(1, 1).requires_grad_()
+    weight = logits[:, None].clone().requires_grad_()
+    logp = linear_logprob(hidden, weight, torch.tensor([0]))
+    logp.sum().backward()
+    exact = 1 - torch.softmax(weight.detach().double()[:, 0], 0)[0]
+    assert weight.grad[0, 0].item() == pytest.approx(exact.item(), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"target_R": torch.full((40,), V)}, "target_R"),
+        ({"target_R": torch.zeros(39, dtype=torch.int64)}, "target_R"),
+        ({"response_offsets": torch.tensor([0, 5, 5, 40])}, "empty"),
+        ({"group_offsets": torch.tensor([0, 8])}, "group_offsets"),
+        ({"reward_M": torch.zeros(6)}, "reward_M"),
+        ({"mode": "fast"}, "mode"),
+        ({"impl": "triton"}, "impl"),
+        ({"eos_id": 97}, "eos_id"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_wrong_arguments_are_named(change, match):
+    hidden, weight, _, target, reward = inputs()
+    arguments = {
+        "hidden_RD": hidden, "weight_VD": weight, "target_R": target, "response_offsets": RESPONSES,
+        "group_offsets": GROUPS, "reward_M": reward, "loss_fn": AMPO(),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        fused_linear_group_loss(**arguments)
+
+
+def test_stats_fields_stand_in_the_promised_order():
+    names = [field.name for field in dataclasses.fields(ResponseStats)]
+    assert names == [
+        "logp_M", "length_M", "reward_M", "group_offsets", "ref_logp_M", "eos_logp_M", "positive_M", "baseline_B",
+        "response_offsets", "logp_R", "eos_logp_R",
+    ]  # fmt: skip

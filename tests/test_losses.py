@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ampo_fast import group_contrastive_loss
+from ampo_fast.losses import AMPO, NLL, SWEPO, GroupContrastive, REFA1vsK, REFADynamic, ResponseStats, Sum
+
+F64 = torch.float64
+
+
+def stats(logp, length, reward, offsets, **more):
+    as64 = {k: torch.tensor(v, dtype=F64) if k != "positive_M" else torch.tensor(v) for k, v in more.items()}
+    return ResponseStats(
+        torch.tensor(logp, dtype=F64), torch.tensor(length), torch.tensor(reward, dtype=F64), torch.tensor(offsets), **as64
+    )
+
+
+def test_one_against_one_average_score_by_hand():
+    # s = 10 * (-2/4, -6/3) = (-5, -20); L = log(1 + 3 e^-15)
+    out = AMPO()(stats([-2.0, -6.0], [4, 3], [1.0, 0.0], [0, 2]))
+    assert out.loss.item() == pytest.approx(math.log1p(3 * math.exp(-15)), abs=1e-14)
+
+
+def test_printed_ampo_form_by_hand():
+    # s' = logp + (r - rbar): (-2 + .5, -1 - .5)
+    out = GroupContrastive(score="sum", beta=1.0, alpha=1.0)(stats([-2.0, -1.0], [4, 3], [1.0, 0.0], [0, 2]))
+    assert out.loss.item() == pytest.approx(math.log(2.0), abs=1e-14)
+
+
+def test_with_reference_and_sum_it_is_dpo_on_a_pair():
+    beta, logp, ref = 0.1, [-10.0, -12.0], [-11.0, -11.5]
+    z = (logp[0] - ref[0]) - (logp[1] - ref[1])
+    out = GroupContrastive(score="sum", beta=beta)(stats(logp, [5, 5], [1.0, 0.0], [0, 2], ref_logp_M=ref))
+    assert out.loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-beta * z))), abs=1e-14)
+
+
+def test_average_score_with_gamma_is_simpo_with_that_margin():
+    margin = 0.7
+    out = GroupContrastive(beta=2.0, gamma=math.exp(margin))(stats([-4.0, -9.0], [4, 6], [1.0, 0.0], [0, 2]))
+    inner = 2.0 * (-1.0 + 1.5) - margin
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-inner)), abs=1e-14)
+
+
+def test_signed_weights_do_not_depend_on_the_baseline():
+    base = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.1, 0.4], [0, 3])
+    moved = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.1, 0.4], [0, 3], baseline_B=[17.0])
+    loss = GroupContrastive(beta=2.0, alpha=0.5)
+    assert loss(base).loss.item() == pytest.approx(loss(moved).loss.item(), abs=1e-12)
+    absolute = GroupContrastive(beta=2.0, alpha=0.5, weight="abs")
+    assert absolute(base).loss.item() != pytest.approx(absolute(moved).loss.item(), abs=1e-3)
+
+
+def test_alpha_inside_is_alpha_times_beta_outside():
+    data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.1, 0.4], [0, 3])
+    inside = GroupContrastive(beta=4.0, alpha=0.3, alpha_place="inside")(data)
+    outside = GroupContrastive(beta=4.0, alpha=1.2)(data)
+    assert inside.loss.item() == pytest.approx(outside.loss.item(), abs=1e-14)
+
+
+def test_mean_split_and_given_positives():
+    data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3])
+    s = [4 * -1.0, 4 * -1.0, 4 * -0.25]
+    expected = -math.log((math.exp(s[0]) + math.exp(s[1])) / (math.exp(s[0]) + math.exp(s[1]) + 4 * math.exp(s[2])))
+    assert REFADynamic(beta=4.0)(data).loss.item() == pytest.approx(expected, abs=1e-13)
+    given_sides = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], positive_M=[True, True, False])
+    assert REFA1vsK(beta=4.0, gamma=4.0)(given_sides).loss.item() == pytest.approx(expected, abs=1e-13)
+
+
+def test_equal_rewards_make_the_first_one_the_positive():
+    data = stats([-2.0, -3.0], [2, 3], [0.5, 0.5], [0, 2])
+    sided = stats([-2.0, -3.0], [2, 3], [0.5, 0.5], [0, 2], positive_M=[True, False])
+    assert AMPO()(data).loss.item() == AMPO()(sided).loss.item()
+
+
+@pytest.mark.parametrize("sides", [[True, True], [False, False]])
+def test_an_empty_side_costs_nothing_and_pulls_nothing(sides):
+    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=F64, requires_grad=True)
+    out = AMPO()(
+        ResponseStats(
+            logp, torch.tensor([2, 2, 2, 2]), torch.zeros(4, dtype=F64), torch.tensor([0, 2, 4]),
+            positive_M=torch.tensor([*sides, True, False]),
+        )
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.per_group_B[0] == 0
+    assert logp.grad[:2].tolist() == [0.0, 0.0]
+    assert logp.grad[2] < 0 < logp.grad[3]
+    assert out.loss == out.per_group_B[1] / 2  # the mean counts the group with an empty side
+
+
+def test_gradient_over_scores_is_closed_form():
+    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=F64, requires_grad=True)
+    data = ResponseStats(logp, torch.tensor([2, 4, 5]), torch.tensor([1.0, 0.3, 0.1], dtype=F64), torch.tensor([0, 3]))
+    AMPO(beta=2.0)(data).loss.backward()
+    s = 2.0 * logp.detach() / torch.tensor([2, 4, 5])
+    c = torch.tensor([1.0, 3.0, 3.0], dtype=F64) * s.exp()
+    expected = (c / c.sum() - torch.tensor([1.0, 0.0, 0.0], dtype=F64)) * 2.0 / torch.tensor([2, 4, 5])
+    torch.testing.assert_close(logp.grad, expected, atol=1e-14, rtol=0)
+
+
+def test_extreme_scores_stay_finite():
+    logp = torch.tensor([-1e4, 0.0, 0.0, -1e4], requires_grad=True)
+    out = GroupContrastive(score="sum", beta=1.0)(
+        ResponseStats(logp, torch.ones(4), torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 2, 4]))
+    )
+    out.loss.backward()
+    assert out.per_group_B.tolist() == [1e4, 0.0]
+    assert torch.isfinite(logp.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [("simple", 0.5 + 0.25), ("target", 0.5 * 2), ("budget_independent", math.log(2) + math.log(4))],
+)
+def test_eos_penalties_by_hand(penalty, expected):
+    data = stats([-2.0, -3.0, -1.0], [2, 4, 4], [0.9, 0.1, 0.0], [0, 3], eos_logp_M=[math.log(0.5), math.log(0.25), math.nan])
+    plain = GroupContrastive(beta=1.0)(data).loss.item()
+    assert GroupContrastive(beta=1.0, eos_penalty=penalty, eos_lambda=0.1)(data).loss.item() == pytest.approx(
+        plain + 0.1 * expected, abs=1e-14
+    )
+
+
+def test_sum_and_nll():
+    data = stats([-2.0, -3.0], [4, 3], [1.0, 0.0], [0, 2], positive_M=[True, False])
+    assert NLL()(data).loss.item() == 0.5
+    both = Sum([(1.0, AMPO()), (0.2, NLL())])(data)
+    assert both.loss.item() == pytest.approx(AMPO()(data).loss.item() + 0.1, abs=1e-14)
+    assert Sum([(1.0, SWEPO())]).uses_reference
+
+
+def test_function_equals_class_and_normalizer_divides():
+    data = stats([-2.0, -3.0, -1.0, -5.0], [2, 3, 4, 5], [0.9, 0.1, 0.4, 0.2], [0, 2, 4])
+    args = (data.logp_M, data.length_M, data.reward_M, data.group_offsets)
+    one = group_contrastive_loss(*args, beta=10.0, gamma=3.0)
+    assert one.item() == AMPO()(data).loss.item()
+    assert group_contrastive_loss(*args, beta=10.0, gamma=3.0, normalizer=4).item() == pytest.approx(one.item() / 2)
+    assert group_contrastive_loss(*args, beta=10.0, gamma=3.0, normalizer=torch.tensor(4.0)).item() == pytest.approx(one.item() / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"score": "mean"}, "score"),
+        ({"split": "given"}, "positive_M"),
+        ({"beta": 0.0}, "beta"),
+        ({"group_offsets": torch.tensor([0, 3])}, "group_offsets"),
+        ({"group_offsets": torch.tensor([0, 2, 1, 2])}, "group_offsets"),
+        ({"length_M": torch.ones(3)}, "length_M"),
+        ({"reward_M": torch.tensor([math.nan, 0.0])}, "reward_M"),
+        ({"eos_penalty": "simple"}, "eos_logp_M"),
+        ({"impl": "cuda"}, "impl"),
+    ],
+)
+def test_wrong_arguments_are_named(change, match):
+    arguments = {
+        "logp_M": torch.tensor([-1.0, -2.0]), "length_M": torch.ones(2), "reward_M": torch.tensor([1.0, 0.0]),
+        "group_offsets": torch.tensor([0, 2]), "beta": 1.0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        group_contrastive_loss(**(arguments | change))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 10_000))
+def test_groups_are_independent(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(sizes)
+    logp = -torch.rand(total, generator=generator, dtype=F64) * 20
+    length = torch.randint(1, 9, (total,), generator=generator)
+    reward = torch.rand(total, generator=generator, dtype=F64)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    together = AMPO(alpha=0.3)(ResponseStats(logp, length, reward, offsets)).per_group_B
+    for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        alone = AMPO(alpha=0.3)(
+            ResponseStats(logp[start:end], length[start:end], reward[start:end], torch.tensor([0, end - start]))
+        ).per_group_B[0]
+        assert alone.item() == pytest.approx(together[b].item(), abs=1e-12)

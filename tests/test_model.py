@@ -1,0 +1,137 @@
+"""The policy, its shared-prefix attention, and packing: shared = unshared = one response at a time."""
+
+import pytest
+import torch
+from builders import group
+from conftest import make_tiny_model
+
+from ampo_fast.config import ModelConfig
+from ampo_fast.evaluation import response_logp
+from ampo_fast.losses import AMPO
+from ampo_fast.model import Policy, export
+from ampo_fast.packing import pack_responses, packed_length
+
+RAGGED = [
+    group(["a", "b", "c"], 0, (0, 3, 10, 11, 12), lengths=[1, 7, 4]),
+    group(["d"], 1, (0, 3), lengths=[5]),
+    group(["e", "f"], 2, (0, 3, 9, 9, 9, 9, 9), lengths=[2, 2]),
+]
+
+
+def one_at_a_time(policy, groups):
+    rows = []
+    for g in groups:
+        for c in g.candidates:
+            ids = torch.tensor([[*g.prompt_ids, *c.token_ids]])
+            logp = torch.log_softmax(policy.model(input_ids=ids).logits[0].double(), -1)
+            start = len(g.prompt_ids)
+            rows += [logp[start + t - 1, token] for t, token in enumerate(c.token_ids)]
+    return torch.stack(rows)
+
+
+def test_packed_rows_and_targets_are_exactly_the_response_tokens():
+    batch = pack_responses(RAGGED, [[0, 1, 2], [0], [0, 1]])
+    assert batch.target_R.tolist() == [t for g in RAGGED for c in g.candidates for t in c.token_ids]
+    lengths = [packed_length(len(g.prompt_ids), [len(c.token_ids) for c in g.candidates]) for g in RAGGED]
+    assert len(batch.token_T) == sum(lengths)  # nothing padded, each prompt once
+    # The prompt's last row serves the first token of every response.
+    first = batch.row_R[batch.response_offsets[:-1]].tolist()
+    assert first == [4, 4, 4, lengths[0] + 1, lengths[0] + lengths[1] + 6, lengths[0] + lengths[1] + 6]
+    restarts = batch.position_T[5:11].tolist()  # the second response's fed tokens, after the first one's none
+    assert restarts == [5, 6, 7, 8, 9, 10]
+
+
+def test_shared_prefix_equals_one_response_at_a_time(tiny_policy):
+    batch = pack_responses(RAGGED, [range(len(g.candidates)) for g in RAGGED])
+    assert tiny_policy.is_shared
+    got = tiny_policy.token_logp(batch)
+    torch.testing.assert_close(got.double(), one_at_a_time(tiny_policy, RAGGED), atol=2e-5, rtol=0)
+
+
+def test_shared_and_unshared_gradients_agree(tiny_model):
+    batch = pack_responses(RAGGED, [range(len(g.candidates)) for g in RAGGED], reward=[[1.0, 0.0, 0.5], [1.0], [0.0, 1.0]])
+    batch.positive_M[:] = torch.tensor([True, False, False, True, False, True])
+    grads = []
+    for mode in ("segments", "unshared"):
+        policy = Policy.load(ModelConfig(path=str(tiny_model), attention=mode))
+        loss, _ = policy(batch, AMPO(), 3)
+        loss.backward()
+        grads.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
+    scale = max(g.abs().max().item() for g in grads[0][1].values())
+    for name, shared in grads[0][1].items():
+        torch.testing.assert_close(shared, grads[1][1][name], atol=1e-5 * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_response_logp_does_not_depend_on_the_chunks(tiny_policy):
+    whole = response_logp(tiny_policy, RAGGED, 10_000)
+    torch.testing.assert_close(response_logp(tiny_policy, RAGGED, 16), whole, atol=1e-5, rtol=0)
+    assert len(whole) == sum(len(c.token_ids) for g in RAGGED for c in g.candidates)
+
+
+def test_prompt_has_one_bos_and_a_given_response_ends_its_turn(tiny_policy):
+    ids = tiny_policy.encode_prompt(({"role": "user", "content": "hi"},))
+    assert ids.count(0) == 1
+    assert ids[0] == 0
+    response = tiny_policy.encode_response("ok")
+    assert response[-1] == tiny_policy.stop_ids[0] == 1
+    assert response.count(1) == 1
+    assert tiny_policy.decode(response) == "ok"
+
+
+def test_sliding_window_model_is_not_shared(tmp_path):
+    from transformers import AutoConfig
+
+    directory = make_tiny_model(tmp_path / "m")
+    settings = AutoConfig.from_pretrained(directory)
+    settings.layer_types = ["sliding_attention", "full_attention"]
+    settings.save_pretrained(directory)
+    with pytest.raises(ValueError, match="sliding_attention"):
+        Policy.load(ModelConfig(path=str(directory), attention="segments"))
+
+
+def test_bfloat16_is_compute_only(tiny_model):
+    policy = Policy.load(ModelConfig(path=str(tiny_model), dtype="bfloat16"))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    logp = response_logp(policy, RAGGED, 1000)
+    assert logp.dtype == torch.float32
+    assert (logp.double() - one_at_a_time(policy, RAGGED)).abs().max() < 0.15
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.path.*config\.json"):
+        Policy.load(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(ValueError, match="does not exist"):
+        Policy.load(ModelConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_tokenizer_without_a_template_is_named(tmp_path):
+    directory = make_tiny_model(tmp_path / "m")
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat template"):
+        Policy.load(ModelConfig(path=str(directory)))
+
+
+def test_tokenizer_without_pad_and_bos_works(tmp_path):
+    import json
+
+    directory = make_tiny_model(tmp_path / "m")
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("bos_token", None)
+    settings.pop("pad_token", None)
+    path.write_text(json.dumps(settings))
+    policy = Policy.load(ModelConfig(path=str(directory)))
+    assert policy.tokenizer.pad_token is None
+    assert torch.isfinite(response_logp(policy, RAGGED, 1000)).all()
+
+
+def test_export_reads_back_bit_for_bit(tiny_model, tmp_path):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01)
+    export(policy, tmp_path / "out")
+    again = Policy.load(ModelConfig(path=str(tmp_path / "out")))
+    for (name, a), (_, b) in zip(policy.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from builders import prompt
+
+from ampo_fast.evaluation import response_logp
+from ampo_fast.rollouts import DataEngine, TransformersEngine, generation_batches, sample_tokens, stream_seed
+from ampo_fast.types import GivenResponse, Prompt, Sampling
+
+PROMPTS = [prompt(0, "hi"), prompt(1, "a longer one"), prompt(2, "why?")]
+
+
+def test_candidates_carry_the_trainers_own_log_probs(tiny_policy):
+    groups = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
+    engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
+    torch.testing.assert_close(response_logp(tiny_policy, groups, 1000), engine, atol=2e-4, rtol=0)
+
+
+def test_streams_are_keyed_by_prompt_and_candidate_not_by_batch(tiny_policy):
+    sampling = Sampling(max_new_tokens=10, seed=3)
+    together = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 4, sampling)
+    alone = TransformersEngine(tiny_policy, 4).generate([PROMPTS[1]], 4, sampling)
+    assert [c.token_ids for c in alone[0].candidates] == [c.token_ids for c in together[1].candidates]
+    other = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 4, Sampling(max_new_tokens=10, seed=4))
+    assert [c.token_ids for c in other[0].candidates] != [c.token_ids for c in together[0].candidates]
+    assert len({c.token_ids for c in together[0].candidates}) > 1
+
+
+def test_generation_repeats_bit_for_bit(tiny_policy):
+    runs = [TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=8)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_a_response_ends_with_its_stop_token_or_is_marked_cut(tiny_policy):
+    groups = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 8, Sampling(max_new_tokens=30))
+    for candidate in (c for g in groups for c in g.candidates):
+        stops = [t in tiny_policy.stop_ids for t in candidate.token_ids]
+        assert stops[-1] == (candidate.finish_reason == "stop")
+        assert not any(stops[:-1])
+        assert len(candidate.token_ids) == len(candidate.logp) <= 30
+        if candidate.finish_reason == "length":
+            assert len(candidate.token_ids) == 30
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf, 0.5]])
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    token, logp = sample_tokens(logits.expand(len(u), -1), u, Sampling(temperature=0.7))
+    p = torch.softmax(logits[0] / 0.7, 0)
+    frequency = torch.bincount(token, minlength=5) / len(u)
+    torch.testing.assert_close(frequency, p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logp, p.log()[token])
+    assert frequency[3] == 0
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0 - 2**-53])
+def test_the_ends_of_the_unit_interval_give_tokens_of_positive_mass(u):
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, [300, 700]] = 0.0
+    token, _ = sample_tokens(logits, torch.tensor([u], dtype=torch.float64), Sampling())
+    assert token.item() == (300 if u == 0.0 else 700)
+
+
+def test_top_k_and_top_p_keep_the_head_of_the_distribution():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(1000, -1)
+    u = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert set(sample_tokens(logits, u, Sampling(top_k=2))[0].tolist()) == {0, 1}
+    assert set(sample_tokens(logits, u, Sampling(top_p=0.6))[0].tolist()) == {0}
+    assert set(sample_tokens(logits, u, Sampling(top_p=0.7))[0].tolist()) == {0, 1}
+
+
+def test_batches_are_neighbours_in_length_and_cover_everything():
+    batches = generation_batches([5, 9, 5, 1], n=8, batch_rows=16)
+    assert batches == [[3, 0], [2, 1]]
+    assert generation_batches([4, 4], n=100, batch_rows=16) == [[0], [1]]
+
+
+def test_stream_seeds_differ_in_every_part_and_fit_63_bits():
+    parts = [(0, 1, "a", 2), (1, 1, "a", 2), (0, 2, "a", 2), (0, 1, "b", 2), (0, 1, "a", 3), (0, 11, "a", 2)]
+    seeds = {stream_seed(*p) for p in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy):
+    given = Prompt(
+        id="g", messages=PROMPTS[0].messages,
+        responses=(GivenResponse(content="ok", reward=1.0), GivenResponse(content="x" * 50, reward=0.0)),
+    )  # fmt: skip
+    (made,) = DataEngine(tiny_policy).generate([given], 8, Sampling(max_new_tokens=10))
+    short, long = made.candidates
+    assert short.finish_reason == "stop"
+    assert short.token_ids[-1] in tiny_policy.stop_ids
+    assert long.finish_reason == "length"
+    assert len(long.token_ids) == 10
+    assert long.token_ids[-1] not in tiny_policy.stop_ids
+    with pytest.raises(ValueError, match="no responses"):
+        DataEngine(tiny_policy).generate([PROMPTS[0]], 8, Sampling())

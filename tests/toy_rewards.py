@@ -1,0 +1,22 @@
+"""Reward functions that the tests name as module:function."""
+
+
+def vowels(prompts, responses):
+    """Share of vowels: cheap, varied, deterministic."""
+    return [sum(c in "aeiou" for c in r.lower()) / (len(r) + 1) for r in responses]
+
+
+def constant(prompts, responses):
+    return [1.0 for _ in responses]
+
+
+def broken(prompts, responses):
+    return [None for _ in responses]
+
+
+def sometimes_missing(prompts, responses):
+    return [float("nan") if i % 8 == 3 else len(r) for i, r in enumerate(responses)]
+
+
+def too_few(prompts, responses):
+    return [1.0]
