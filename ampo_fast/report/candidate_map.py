@@ -140,7 +140,7 @@ def _coverage_lines(point_nE: torch.Tensor, places: list[list[float]], roles: Se
         "y": ys,
         "line": line,
         "hoverinfo": "skip",
-        "name": "stands for",
+        "name": "nearest selected",
     }
     return [trace]
 

@@ -34,7 +34,7 @@ def reward_section(run: RunData) -> Section:
     head = {"id": "reward", "title": "Reward and loss"}
     if not run.train:
         return Section(**head, absent=_NO_STEPS)
-    held_out = curve(run.evals, "eval/reward", "held-out prompts", INK, width=3, marker={"size": 9})
+    held_out = _held_out(run, "eval/reward", "held-out prompts")
     reward = figure([*smooth_curve(run.train, "reward", "training prompts", BLUE), held_out], y_title="raw reward")
     sides = figure(
         [
@@ -56,6 +56,11 @@ def reward_section(run: RunData) -> Section:
     )
 
 
+def _held_out(run: RunData, key: str, name: str) -> Row:
+    """Dots that stand out; the dotted line between them says that nothing was measured there."""
+    return curve(run.evals, key, name, INK, line={"dash": "dot"}, marker={"size": 9})
+
+
 def _policy_charts(run: RunData) -> list[Chart]:
     logp = [
         curve(run.train, "positive/logp", "positives", GREEN),
@@ -64,7 +69,8 @@ def _policy_charts(run: RunData) -> list[Chart]:
     accuracy = curve(run.train, "rewards/accuracies", "negatives below the positive", BLUE)
     norm = curve(run.train, "grad_norm", "gradient norm", BLUE)
     rate = curve(run.train, "learning_rate", "learning rate", GREY, yaxis="y2")
-    right = {"overlaying": "y", "side": "right", "showgrid": False, "exponentformat": "e"}
+    right = {"overlaying": "y", "side": "right", "showgrid": False, "automargin": True}
+    right |= {"exponentformat": "e", "tickmode": "auto", "nticks": 4}
     charts = []
     if any(logp):
         note = (
@@ -98,7 +104,7 @@ def drift_section(run: RunData) -> Section:
             figure=figure([trace], y_title=unit, height=230, showlegend=False, yaxis={"rangemode": "tozero"}),
         )
         for key, title, unit in measures
-        if (trace := curve(run.evals, key, title, BLUE, marker={"size": 8}))
+        if (trace := _held_out(run, key, title))
     ]
     text = (
         "Measured on held-out prompts; nothing trains on these. A rising reward with a falling distinct-2 or a soaring "
@@ -123,7 +129,7 @@ def lengths_section(run: RunData) -> Section:
             shortest,
             curve(run.train, "completions/mean_length", "mean", BLUE),
             curve(run.train, "selected/mean_length", "mean of the selected", ORANGE),
-            curve(run.evals, "eval/mean_length", "held-out mean", INK, width=3, marker={"size": 9}),
+            _held_out(run, "eval/mean_length", "held-out mean"),
         ],
         y_title="tokens",
         yaxis={"rangemode": "tozero"},
@@ -132,7 +138,7 @@ def lengths_section(run: RunData) -> Section:
         [
             curve(run.train, "completions/clipped_ratio", "all candidates", BLUE),
             curve(run.train, "selected/clipped_ratio", "selected", ORANGE),
-            curve(run.evals, "eval/clipped_ratio", "held-out", INK, width=3, marker={"size": 9}),
+            _held_out(run, "eval/clipped_ratio", "held-out"),
         ],
         **_SHARE,
     )
@@ -190,7 +196,9 @@ def health_section(run: RunData) -> Section:
         title = "Spread of the rewards within a group"
         charts.append(Chart(title=title, figure=figure([spread], y_title="standard deviation", showlegend=False)))
     invalid = sum(row.get("group/invalid") or 0 for row in run.train)
-    sentences = [f"{invalid:,.0f} answers were empty, repeated, or had no reward, and were kept out of everything."]
+    verb = "answer was" if invalid == 1 else "answers were"
+    text = f"{invalid:,.0f} {verb} empty, repeated or without a reward, and kept out of everything."
+    sentences = [text if invalid else "No answer was empty, repeated or without a reward."]
     return Section(**head, sentences=sentences, charts=charts, tables=_why_left_out(run))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from ampo_fast.evaluation_summary import num_unscored, paired_summary
 from ampo_fast.report.run_data import Row, RunData
@@ -21,6 +20,7 @@ _UNTRAINED = (
 # A change beyond these deserves a sentence of its own: the reward must then be read with it in mind.
 _LENGTH_CHANGE, _DISTINCT_DROP, _PERPLEXITY_RISE = 0.25, 0.2, 0.5
 _NUM_SE = 2.0
+_SMALL_PHASE = 0.02
 
 
 def evaluation(run: RunData) -> dict[str, float] | None:
@@ -45,7 +45,7 @@ def tiles(run: RunData) -> list[tuple[str, str]]:
         change = result["reward_after"] - result["reward_before"]
         shown += [
             ("reward, held-out prompts", f"{result['reward_before']:.3f} → {result['reward_after']:.3f}"),
-            ("change ± standard error", f"{change:+.3f} ± {number(result['reward_se'])}"),
+            ("change ± SE", f"{change:+.3f} ± {number(result['reward_se'])}"),
             ("win rate against before", f"{result['win_rate']:.0%}"),
         ]
     elif run.train:
@@ -174,10 +174,10 @@ def _time(run: RunData) -> list[str]:
     seconds = [row["time/step"] for row in run.train if row.get("time/step") is not None]
     if not seconds:
         return []
-    phases: dict[str, Any] = phase_seconds(run)
+    phases = phase_seconds(run)
     total = sum(phases.values())
-    split = ", ".join(f"{name} {s / total:.0%}" for name, s in list(phases.items())[:3]) if total else ""
-    return [f"A step took {statistics.median(seconds):.1f} s (median); most of it went to {split}." if split else ""]
+    split = ", ".join(f"{name} {s / total:.0%}" for name, s in phases.items() if s > _SMALL_PHASE * total)
+    return [f"A step took {statistics.median(seconds):.1f} s (median): {split}." if split else ""]
 
 
 def phase_seconds(run: RunData) -> dict[str, float]:
