@@ -291,6 +291,11 @@ def test_an_offline_run_without_evaluation_says_what_is_missing(tmp_path):
     assert "held-out prompts ±" not in text
 
 
+def test_drift_needs_two_evaluations(run_dir):
+    write_lines(run_dir / "metrics.jsonl", [make_eval_line(0, 0.3), make_train_line(1)])
+    assert "Only one evaluation so far, at step 0" in text_of(report_of(run_dir))
+
+
 def test_a_run_killed_before_its_first_step_still_gets_a_report(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/rew')
