@@ -91,7 +91,9 @@ def drift_section(run: RunData) -> Section:
     if not run.evals:
         return Section(**head, absent="The run has no evaluation on held-out prompts, so drift was not measured.")
     if len(run.evals) == 1:
-        return Section(**head, absent=f"Only one evaluation so far, at step {run.evals[0]['step']}: nothing to compare.")
+        return Section(
+            **head, absent=f"Only one evaluation so far, at step {run.evals[0]['step']}: nothing to compare."
+        )
     measures = (
         ("eval/kl", "KL to the start", "nats per token"),
         ("eval/entropy", "Entropy", "nats per token"),

@@ -12,7 +12,7 @@ from ampo_fast.report.section import Section, Table, duration, mean, number
 _UNTRAINED = (
     ("eval/mean_length", "length of an answer", 1, "tokens"),
     ("eval/eos_rate", "answers that end by themselves", 3, "share"),
-    ("eval/distinct_2", "distinct-2", 3, "share of word pairs that occur once"),
+    ("eval/distinct_2", "distinct-2", 3, "distinct word pairs among all"),
     ("eval/perplexity_start", "perplexity under the start model", 2, "of the policy's own answers"),
     ("eval/entropy", "entropy", 3, "nats per token"),
     ("eval/kl", "KL to the start", 4, "nats per token"),
