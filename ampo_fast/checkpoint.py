@@ -68,10 +68,14 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         model = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except Exception as error:  # safetensors raises its own type for a truncated file; any cause means the same here
-        raise ValueError(f"checkpoint {path} cannot be read ({error}); delete it to fall back to the one before") from error
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({error}); delete it to fall back to the one before"
+        ) from error
     own = _unique(policy.model.state_dict())
     differing = sorted(
-        name for name in own.keys() | model.keys() if name not in own or name not in model or own[name].shape != model[name].shape
+        name
+        for name in own.keys() | model.keys()
+        if name not in own or name not in model or own[name].shape != model[name].shape
     )
     if differing:
         raise ValueError(f"checkpoint {path} is of another model: {', '.join(differing[:3])} differ")

@@ -37,7 +37,9 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Prompts, or multi-response data with rewards (then rollout.engine = "data")."""
 
-    train: str = Field(..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).")
+    train: str = Field(
+        ..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
+    )
     eval: str | None = Field(None, description="Held-out prompts, same formats.")
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out and counted.")
     max_overlong_share: Share = Field(0.1, description="More over-long prompts than this share is an error.")
@@ -47,7 +49,8 @@ class ModelConfig(Section):
     path: str = Field(..., description="A HuggingFace model directory or name, or package:smollm2-135m-instruct.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute only; parameters stay float32.")
     attention: Literal["auto", "segments", "unshared"] = Field(
-        "auto", description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible."
+        "auto",
+        description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
 
@@ -68,23 +71,30 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: str = Field("relevance", description="relevance, data, classifier:PATH, or MODULE:FUNCTION(prompts, responses) -> floats.")
+    kind: str = Field(
+        "relevance", description="relevance, data, classifier:PATH, or MODULE:FUNCTION(prompts, responses) -> floats."
+    )
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
         "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
     )
     max_missing_share: Share = Field(0.2, description="More NaN or missing rewards than this share stops the run.")
     tol: Annotated[float, Field(ge=0.0)] | None = Field(
-        None, description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread."
+        None,
+        description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
     )
 
 
 class EmbedConfig(Section):
-    model: str = Field("package:all-minilm-l6-v2", description='A sentence encoder, or "policy": mean-pooled hidden states.')
+    model: str = Field(
+        "package:all-minilm-l6-v2", description='A sentence encoder, or "policy": mean-pooled hidden states.'
+    )
     batch_rows: Positive = 64
 
 
 class SelectConfig(Section):
-    strategy: Literal["bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random"] = "opt_select"
+    strategy: Literal["bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random"] = (
+        "opt_select"
+    )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
 
@@ -112,7 +122,9 @@ class EvalConfig(Section):
     samples: Annotated[int, Field(ge=2)] = Field(2, description="Answers per held-out prompt.")
     seed: int = Field(1234, description="The same answers' noise at every evaluation.")
     reward: str | None = Field(None, description="Scorer of held-out answers, as reward.kind; default: that one.")
-    max_kl: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Stop when KL to the start (nats per token) passes this.")
+    max_kl: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Stop when KL to the start (nats per token) passes this."
+    )
     patience: Count = Field(0, description="Stop after this many evaluations without a better reward; 0: never.")
 
 
@@ -146,7 +158,9 @@ class Config(Section):
                 f"raise rollout.n to at least {self.select.k + 1} or lower select.k"
             )
         if self.select.strategy == "best_worst" and self.select.k != 1:
-            raise ValueError(f'select.strategy = "best_worst" keeps one negative, select.k is {self.select.k}; set select.k = 1')
+            raise ValueError(
+                f'select.strategy = "best_worst" keeps one negative, select.k is {self.select.k}; set select.k = 1'
+            )
         round_prompts = self.rollout.prompts_per_round
         if round_prompts and round_prompts % self.optim.prompts_per_step:
             raise ValueError(
@@ -154,7 +168,9 @@ class Config(Section):
                 f"optim.prompts_per_step = {self.optim.prompts_per_step}"
             )
         if (self.reward.kind == "data") != (self.rollout.engine == "data"):
-            raise ValueError('reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards')
+            raise ValueError(
+                'reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards'
+            )
         return self
 
     @property
@@ -256,4 +272,8 @@ def _describe(problem: Any) -> str:
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"unknown key {key}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "missing" else f"{key} {message}".strip()
+    return (
+        f"{key} = {problem['input']!r}: {message}"
+        if key and problem["type"] != "missing"
+        else f"{key} {message}".strip()
+    )

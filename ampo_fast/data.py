@@ -66,9 +66,7 @@ def _row_id(row: Row, number: int) -> str:
     return str(given)
 
 
-def _distinct(
-    prompt: Prompt, prompts: dict[str, Prompt], seen_at: dict[str, str], found: Format
-) -> Prompt:
+def _distinct(prompt: Prompt, prompts: dict[str, Prompt], seen_at: dict[str, str], found: Format) -> Prompt:
     """The prompt under an id of its own; random streams are keyed by it."""
     other = prompts.get(prompt.id)
     if other is None:
@@ -130,9 +128,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, int, Row]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
-            f"{source!r} is not a file; as a data set's name it needs: pip install datasets"
-        ) from error
+        raise ImportError(f"{source!r} is not a file; as a data set's name it needs: pip install datasets") from error
     name, _, split = source.partition(":")
     try:
         rows = load_dataset(name, split=split or "train")

@@ -44,9 +44,7 @@ def read_row(row: Row) -> tuple[Format, Turns, tuple[GivenResponse, ...]]:
     missing = [field for field in found.required if field not in row]
     if missing:
         names = ", ".join(map(repr, missing))
-        raise ValueError(
-            f"missing field {names} of the format {found.name!r}; known: {known_formats()}"
-        )
+        raise ValueError(f"missing field {names} of the format {found.name!r}; known: {known_formats()}")
     turns, responses = found.read(row)
     _check_prompt(turns)
     return found, turns, responses
@@ -102,9 +100,7 @@ def _is_text(values: Sequence[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _converse(
-    row: Row, fields: Sequence[str], values: Sequence[Any], rewards: Sequence[Any]
-) -> Conversation:
+def _converse(row: Row, fields: Sequence[str], values: Sequence[Any], rewards: Sequence[Any]) -> Conversation:
     """The prompt, and one response per value: its text, its assistant turn, or a whole conversation.
 
     Whole conversations carry the prompt themselves, so `prompt` may be absent: it is what they share.
@@ -186,9 +182,7 @@ def _ampo_pool(row: Row) -> Conversation:
         if not isinstance(row[field], list | tuple):
             raise ValueError(f"{field} must be a list, got {_kind(row[field])}")
     if len(texts) != len(scores):
-        raise ValueError(
-            f"{len(texts)} all_generated_responses but {len(scores)} all_reward_scores"
-        )
+        raise ValueError(f"{len(texts)} all_generated_responses but {len(scores)} all_reward_scores")
     names = [f"all_generated_responses[{i}]" for i in range(len(texts))]
     return _converse(row, names, texts, scores)
 

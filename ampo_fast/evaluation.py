@@ -60,8 +60,10 @@ def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: 
     """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order."""
     parts, chunk, used = [], [], 0
     for group in [*groups, None]:
-        length = 0 if group is None else packed_length(
-            len(group.prompt_ids), [len(candidate.token_ids) for candidate in group.candidates]
+        length = (
+            0
+            if group is None
+            else packed_length(len(group.prompt_ids), [len(candidate.token_ids) for candidate in group.candidates])
         )
         if chunk and (group is None or used + length > max_tokens):
             batch = pack_responses(chunk, [range(len(g.candidates)) for g in chunk], policy.device)

@@ -24,9 +24,7 @@ def paired_summary(
     before, after = prompt_means(before_rows), prompt_means(after_rows)
     ids = [key for key in before if key in after]
     if not ids:
-        raise ValueError(
-            f"no prompt has a reward both before ({len(before)} have) and after ({len(after)} have)"
-        )
+        raise ValueError(f"no prompt has a reward both before ({len(before)} have) and after ({len(after)} have)")
     differences = [after[key] - before[key] for key in ids]
     wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences]
     return {

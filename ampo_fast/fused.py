@@ -197,7 +197,9 @@ class _GroupedLoss(torch.autograd.Function):
         for first, last in plan.group_runs():
             rows, part = plan.chunk_stats(first, last)
             if rows.start == rows.stop:
-                loss += plan.loss_fn(_with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)).per_group_B.sum()
+                loss += plan.loss_fn(
+                    _with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
+                ).per_group_B.sum()
                 continue
             chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options)
             plan.logp_R[rows] = chunk.logp_R
@@ -222,6 +224,8 @@ def _row_gradients(plan: _Plan, part: ResponseStats, chunk: HeadChunk, target_R:
         eos_leaf = leaves[1] if len(leaves) == 2 else None
         full = _with_logprobs(part, leaves[0], eos_leaf, target_R, plan.options.eos_id)
         loss = plan.loss_fn(full).per_group_B.sum()
-        found = torch.autograd.grad(loss / plan.normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
+        found = (
+            torch.autograd.grad(loss / plan.normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
+        )
     grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=False)]
     return loss.detach(), grads[0], grads[1] if eos_leaf is not None else None

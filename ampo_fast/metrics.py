@@ -23,17 +23,13 @@ class MetricsLog:
     unknown; ImportError, with the package to install, when a tracker asked for is missing.
     """
 
-    def __init__(
-        self, run_dir: Path, trackers: Sequence[str] = (), *, resume_step: int | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str] = (), *, resume_step: int | None = None) -> None:
         run_dir = Path(run_dir)
         self.path = run_dir / METRICS_FILE
         if resume_step is not None:
             _truncate_after(self.path, resume_step)
         elif self.path.exists() and self.path.stat().st_size:
-            raise ValueError(
-                f"{self.path} already holds a run's metrics; resume it or choose another run.name"
-            )
+            raise ValueError(f"{self.path} already holds a run's metrics; resume it or choose another run.name")
         self._trackers = [_open_tracker(name, run_dir, resume_step) for name in trackers]
         self._file = self.path.open("a", encoding="utf-8")
 

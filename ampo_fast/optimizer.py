@@ -17,9 +17,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     low = {str(parameter.dtype) for parameter in trained if parameter.dtype != torch.float32}
     if low:
         raise ValueError(f"trained parameters are {', '.join(low)}; AdamW needs float32 (model.dtype is compute only)")
-    return torch.optim.AdamW(
-        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

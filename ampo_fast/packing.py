@@ -48,7 +48,10 @@ def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") ->
     """One batch of trained groups: [prompt | positive | negatives] each, rewards and sides with them."""
     kept = [(*group.positive, *group.negative) for group in groups]
     batch = pack_responses(
-        [group.scored.group for group in groups], kept, device, reward=[_kept(g.scored, k) for g, k in zip(groups, kept, strict=True)]
+        [group.scored.group for group in groups],
+        kept,
+        device,
+        reward=[_kept(g.scored, k) for g, k in zip(groups, kept, strict=True)],
     )
     batch.positive_M[:] = torch.tensor([i in group.positive for group, k in zip(groups, kept, strict=True) for i in k])
     batch.baseline_B[:] = torch.tensor([_mean_reward(group.scored) for group in groups])

@@ -29,7 +29,7 @@ def dry_run(config: Config) -> None:
     console = Console(width=140, soft_wrap=True)
     console.print_json(config.model_dump_json())
     policy = Policy.load(config.model)
-    prompts = load_prompts(config.data.train)
+    prompts = load_prompts(config.data.train, needs_responses=config.rollout.engine == "data")
     kept = admit_prompts(prompts, policy, config, "data.train")
     _print_lengths(prompts, policy, config, console)
     started = time.perf_counter()
@@ -65,7 +65,9 @@ def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, co
     counts = [sum(token == bos for token in ids[:2]) for ids in encoded] if bos is not None else []
     doubled = sum(count == 2 for count in counts)
     stops = ", ".join(f"{i} {policy.tokenizer.convert_ids_to_tokens(i)!r}" for i in policy.stop_ids)
-    console.print(f"BOS: {'none' if bos is None else f'{doubled} of {len(encoded)} prompts begin with it twice'}. Ends a turn: {stops}")
+    console.print(
+        f"BOS: {'none' if bos is None else f'{doubled} of {len(encoded)} prompts begin with it twice'}. Ends a turn: {stops}"
+    )
 
 
 def _spread(lengths: Sequence[int], limit: int) -> list[str]:
@@ -96,7 +98,9 @@ def _print_group(group: SelectedGroup, policy: Policy, console: Console) -> None
         console.print(line)
 
 
-def _print_cost(policy: Policy, groups: Sequence[CandidateGroup], generate_s: float, config: Config, console: Console) -> None:
+def _print_cost(
+    policy: Policy, groups: Sequence[CandidateGroup], generate_s: float, config: Config, console: Console
+) -> None:
     """FLOPs and estimated seconds of a step that trains on all N against one that trains on 1 + k, and memory."""
     started = time.perf_counter()
     response_logp(policy, groups, config.optim.micro_batch_tokens)
@@ -105,13 +109,17 @@ def _print_cost(policy: Policy, groups: Sequence[CandidateGroup], generate_s: fl
     head = policy.head.weight.numel()
     per_step = config.optim.prompts_per_step / len(groups)
     kept = min(config.select.k + 1, config.rollout.n)
-    table = Table("trained on", "tokens", "TFLOP per step", "seconds per step (forward, backward)", title="cost of a step")
+    table = Table(
+        "trained on", "tokens", "TFLOP per step", "seconds per step (forward, backward)", title="cost of a step"
+    )
     trained = [_step_flops(groups, count, num_parameters - head, head, per_step) for count in (config.rollout.n, kept)]
     forward_flops = trained[0][1] / 3 / per_step
     for name, (tokens, flops) in zip((f"all {config.rollout.n}", f"1 + {kept - 1}"), trained, strict=True):
         table.add_row(name, f"{tokens:.0f}", f"{flops / 1e12:.2f}", f"{flops / forward_flops * forward_s:.1f}")
     console.print(table)
-    console.print(f"sampling: {generate_s * per_step:.1f} s per step of {config.optim.prompts_per_step} prompts, measured on {len(groups)}")
+    console.print(
+        f"sampling: {generate_s * per_step:.1f} s per step of {config.optim.prompts_per_step} prompts, measured on {len(groups)}"
+    )
     longest = config.optim.micro_batch_tokens
     text = policy.model.config.get_text_config()
     activations = longest * text.num_hidden_layers * (14 * text.hidden_size + 4 * text.intermediate_size) * 4
@@ -134,4 +142,3 @@ def _step_flops(
 
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-

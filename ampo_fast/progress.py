@@ -63,9 +63,7 @@ class TrainingProgress:
         if _is_terminal(self._stream):
             console = Console(file=self._stream)
             # Twice a second: the redraw thread must not take time from the training threads.
-            self._live = Live(
-                get_renderable=self._render, console=console, refresh_per_second=2, transient=False
-            )
+            self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=False)
             self._live.start()
         return self
 
@@ -133,18 +131,14 @@ class TrainingProgress:
         print(text, file=self._stream, flush=True)
 
     def _numbers(self) -> list[str]:
-        parts = [
-            f"{key} {self._metrics[key]:.4f}" for key in ("reward", "loss") if key in self._metrics
-        ]
+        parts = [f"{key} {self._metrics[key]:.4f}" for key in ("reward", "loss") if key in self._metrics]
         if "perf/tokens_per_second" in self._metrics:
             parts.append(f"{self._metrics['perf/tokens_per_second']:,.0f} tokens/s")
         return parts
 
     def _plain_line(self) -> str:
         step_s = sum(self.phase_s.values())
-        split = ", ".join(
-            f"{name} {seconds / step_s:.0%}" for name, seconds in self.phase_s.items() if step_s > 0
-        )
+        split = ", ".join(f"{name} {seconds / step_s:.0%}" for name, seconds in self.phase_s.items() if step_s > 0)
         parts = [f"{self._unit} {self._step}/{self._total_steps}", *self._numbers()]
         if split:
             parts.append(f"{step_s:.1f} s ({split})")

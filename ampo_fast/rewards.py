@@ -156,7 +156,9 @@ def check_missing(groups: Sequence[CandidateGroup], rewards: Sequence[Sequence[R
         )
 
 
-def valid_candidates(group: CandidateGroup, reward_raw: Sequence[float], truncated: str = "negative") -> tuple[bool, ...]:
+def valid_candidates(
+    group: CandidateGroup, reward_raw: Sequence[float], truncated: str = "negative"
+) -> tuple[bool, ...]:
     """False for an empty response, a repeat of an earlier one, a missing reward, and a cut one where those are excluded."""
     seen: set[str] = set()
     valid = []

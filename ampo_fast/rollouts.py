@@ -67,9 +67,7 @@ class DataEngine:
         for response in prompt.responses:
             ids = self.policy.encode_response(response.content)
             reason = "stop" if len(ids) <= max_new_tokens else "length"
-            candidates.append(
-                Candidate(content=response.content, token_ids=ids[:max_new_tokens], finish_reason=reason)
-            )
+            candidates.append(Candidate(content=response.content, token_ids=ids[:max_new_tokens], finish_reason=reason))
         prompt_ids = self.policy.encode_prompt(prompt.messages)
         return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
 
@@ -243,7 +241,11 @@ class _Decoding:
 
     def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: torch.Tensor | None) -> None:
         hidden = self.policy.model.base_model(
-            input_ids=token_AL, position_ids=position_AL, attention_mask=mask, past_key_values=self.cache, use_cache=True
+            input_ids=token_AL,
+            position_ids=position_AL,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state[:, -1]
         logits_AV = self.policy.head(hidden).float()
         softcap = self.policy.softcap

@@ -72,14 +72,18 @@ def _selected(
 ) -> SelectedGroup:
     kept_positive = tuple(i for i in positive if i >= 0)
     kept_negative = tuple(i for i in negative if i >= 0)
-    if sum(scored.valid) < 2:
-        reason = "fewer than two distinct valid responses"
-    elif reward_spread(scored) <= reward_tol:
-        reason = "rewards equal within the tolerance"
-    elif not kept_positive:
-        reason = "no response may be the positive (all cut by the length limit)"
-    elif not kept_negative:
-        reason = "no negative with a lower reward"
-    else:
+    if kept_positive and kept_negative and reward_spread(scored) > reward_tol:
         return SelectedGroup(scored=scored, positive=kept_positive, negative=kept_negative, cost=cost)
+    reason = _why_degenerate(scored, reward_tol)
     return SelectedGroup(scored=scored, positive=(), negative=(), cost=math.nan, skip_reason=reason)
+
+
+def _why_degenerate(scored: ScoredGroup, reward_tol: float) -> str:
+    if sum(scored.valid) < 2:
+        return "fewer than two distinct valid responses"
+    if reward_spread(scored) <= reward_tol:
+        return "rewards equal within the tolerance"
+    candidates = zip(scored.group.candidates, scored.valid, strict=True)
+    if not any(ok and candidate.finish_reason == "stop" for candidate, ok in candidates):
+        return "every valid response was cut by the length limit, so none may be the positive"
+    return "no response has a lower reward than the positive"

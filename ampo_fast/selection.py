@@ -84,7 +84,9 @@ def select_responses(
     if strategy == "best_worst" and k != 1:
         raise ValueError(f'strategy "best_worst" keeps one negative, k is {k}')
     if embeddings.ndim != 2 or rewards.shape != embeddings.shape[:1]:
-        raise ValueError(f"embeddings must be [n, E] and rewards [n], got {tuple(embeddings.shape)}, {tuple(rewards.shape)}")
+        raise ValueError(
+            f"embeddings must be [n, E] and rewards [n], got {tuple(embeddings.shape)}, {tuple(rewards.shape)}"
+        )
     n = rewards.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
     valid = _mask("valid", valid, n)
@@ -104,10 +106,15 @@ def select_responses(
 
 
 def resolve_impl(impl: str) -> str:
-    """"cpp" or "torch". auto: cpp where the extension is built, else torch, said once. Raises ValueError for "cpp" without it."""
+    """Which path runs, "cpp" or "torch": auto takes cpp where the extension is built, else torch, and says so once.
+
+    Raises ValueError for "cpp" without the extension.
+    """
     _check_choice("impl", impl, ("auto", "torch", "cpp"))
     if impl == "cpp" and _C is None:
-        raise ValueError('impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)')
+        raise ValueError(
+            'impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)'
+        )
     if impl == "auto" and _C is None:
         _log_torch_once()
     return "torch" if impl == "torch" or _C is None else "cpp"
@@ -272,7 +279,11 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     chosen = list(dict.fromkeys([0] if seeds is None else [int(seed) for seed in seeds]))
     if points.ndim != 2 or not 1 <= k <= n:
         raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
-    if not all(0 <= seed < n for seed in chosen) or len(chosen) > k or (seeds is not None and len(chosen) != len(seeds)):
+    if (
+        not all(0 <= seed < n for seed in chosen)
+        or len(chosen) > k
+        or (seeds is not None and len(chosen) != len(seeds))
+    ):
         raise ValueError(f"seeds = {list(seeds or [])} must be distinct indices below {n}, at most k = {k}")
     check_finite("points", points)
     nearest = torch.full((n,), math.inf, dtype=torch.float64 if points.dtype == torch.float64 else torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def logp_difference(stats: Sequence[Any], batches: Sequence[PackedBatch]) -> dic
         if batch.sampled_logp_R is None:
             return {}
         ends = batch.response_offsets.tolist()
-        engine = torch.stack([batch.sampled_logp_R[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        engine = torch.stack([batch.sampled_logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
         gaps += ((part.logp_M - engine).abs() / part.length_M).tolist()
     return {
         "sampling/sampling_logp_difference/mean": _mean(gaps),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
-import math
 import os
 import resource
 import signal
@@ -23,7 +23,7 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpo
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.evaluation import Evaluation, evaluate, response_logp
+from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
@@ -72,7 +72,13 @@ class Trainer:
         self.engine = make_engine(config, self.policy)
         self.reference = Policy.load(config.model) if needs_reference(self.loss_fn) else None
         self.run_dir = open_run_dir(config, resume)
-        self.state: dict[str, Any] = {"spreads": [], "num_tokens": 0, "best_reward": None, "bad_evals": 0, "wall_s": 0.0}
+        self.state: dict[str, Any] = {
+            "spreads": [],
+            "num_tokens": 0,
+            "best_reward": None,
+            "bad_evals": 0,
+            "wall_s": 0.0,
+        }
         self.step = self._restore() if resume else 0
         require_disk(self.run_dir, self.policy, config.checkpoint)
         (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
@@ -196,7 +202,12 @@ class Trainer:
             grad_norm, is_finite = guarded_step(self.optimizer, total, lr, config.max_grad_norm)
         self._guard(is_finite, total, grad_norm)
         self.state["num_tokens"] += sum(batch.token_T.numel() for batch in batches)
-        metrics = {"loss": total.item(), "grad_norm": grad_norm, "learning_rate": lr, "num_tokens": self.state["num_tokens"]}
+        metrics = {
+            "loss": total.item(),
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
+            "num_tokens": self.state["num_tokens"],
+        }
         if self._is_comparable:
             metrics |= logp_difference(stats, batches)
         return metrics | policy_metrics(stats, batches)
@@ -206,7 +217,7 @@ class Trainer:
             return batch
         logp_R = self.reference.token_logp(batch)
         ends = batch.response_offsets.tolist()
-        ref_logp_M = torch.stack([logp_R[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        ref_logp_M = torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
         return dataclasses.replace(batch, ref_logp_M=ref_logp_M)
 
     # --- where we are ---------------------------------------------------------------------------------------------
@@ -274,7 +285,9 @@ class Trainer:
     def _evaluate_if_due(self) -> str | None:
         """Evaluates every eval.every steps, keeps the best policy; returns why to stop, or None."""
         config = self.config.eval
-        if not (config.every and self.eval_prompts and self.step % config.every == 0 and self.step < self.config.run.steps):
+        if not (
+            config.every and self.eval_prompts and self.step % config.every == 0 and self.step < self.config.run.steps
+        ):
             return None
         reward = self._evaluate(f"step_{self.step:06d}")
         kl = read_metrics(self.metrics.path)[-1]["eval/kl"]
@@ -293,7 +306,9 @@ class Trainer:
     # --- start, save, finish --------------------------------------------------------------------------------------
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
-        prompts = admit_prompts(load_prompts(source), self.policy, self.config, field)
+        needs_responses = field == "data.train" and self.config.rollout.engine == "data"
+        prompts = load_prompts(source, needs_responses=needs_responses)
+        prompts = admit_prompts(prompts, self.policy, self.config, field)
         if not prompts:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")
         return prompts

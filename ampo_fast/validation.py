@@ -19,7 +19,12 @@ def checks_values(tensor: torch.Tensor) -> bool:
 
 def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: bool = True) -> torch.Tensor:
     """offsets as int64 on the CPU: first 0, last `total`, never falling. A CUDA tensor is copied to the host, once."""
-    if not isinstance(offsets, torch.Tensor) or offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype != torch.int64:
+    if (
+        not isinstance(offsets, torch.Tensor)
+        or offsets.ndim != 1
+        or offsets.numel() < 1
+        or offsets.dtype != torch.int64
+    ):
         raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {_describe(offsets)}")
     offsets = offsets.cpu()
     sizes = offsets.diff()
@@ -43,7 +48,11 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_head(
-    hidden_RD: torch.Tensor, weight_VD: torch.Tensor, target_R: torch.Tensor, bias_V: torch.Tensor | None, eos_id: int | None
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_R: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    eos_id: int | None,
 ) -> None:
     """Raises ValueError naming the argument that does not fit hidden [R, D], weight [V, D], target [R], bias [V]."""
     if hidden_RD.ndim != 2 or weight_VD.ndim != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
@@ -53,7 +62,9 @@ def check_head(
     if type(weight_VD).__name__ == "DTensor":
         raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
     if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():
-        raise ValueError(f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}")
+        raise ValueError(
+            f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}"
+        )
     num_tokens = weight_VD.shape[0]
     check_vector("target_R", target_R, hidden_RD.shape[0], hidden_RD.device)
     if target_R.dtype != torch.int64:
@@ -62,7 +73,11 @@ def check_head(
         check_vector("bias_V", bias_V, num_tokens, hidden_RD.device)
     if eos_id is not None and not 0 <= eos_id < num_tokens:
         raise ValueError(f"eos_id = {eos_id} is outside the vocabulary of {num_tokens}")
-    if target_R.numel() and checks_values(target_R) and not 0 <= int(target_R.min()) <= int(target_R.max()) < num_tokens:
+    if (
+        target_R.numel()
+        and checks_values(target_R)
+        and not 0 <= int(target_R.min()) <= int(target_R.max()) < num_tokens
+    ):
         raise ValueError(f"target_R holds ids outside 0 .. {num_tokens - 1}; leave padding rows out")
 
 

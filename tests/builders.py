@@ -22,7 +22,9 @@ def group(texts, i: int = 0, prompt_ids=(0, 3, 10, 11), finish=None, lengths=Non
 
 def scored(rewards, i: int = 0, valid=None, normalized=None, **more) -> ScoredGroup:
     made = group([f"text {k}" for k in range(len(rewards))], i, **more)
-    points = torch.nn.functional.normalize(torch.randn(len(rewards), 6, generator=torch.Generator().manual_seed(i)), dim=1)
+    points = torch.nn.functional.normalize(
+        torch.randn(len(rewards), 6, generator=torch.Generator().manual_seed(i)), dim=1
+    )
     return ScoredGroup(
         group=made,
         reward_raw=tuple(rewards),

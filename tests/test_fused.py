@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softca
         logits = softcap * torch.tanh(logits / softcap)
     all_logp = torch.log_softmax(logits / temperature, dim=-1)
     row = all_logp.gather(1, target[:, None])[:, 0]
-    logp = torch.stack([row[a:b].sum() for a, b in zip(RESPONSES[:-1], RESPONSES[1:], strict=True)])
+    logp = torch.stack([row[a:b].sum() for a, b in itertools.pairwise(RESPONSES)])
     eos = None
     if eos_id is not None:
         last = RESPONSES[1:] - 1
@@ -65,7 +66,9 @@ def test_eos_column_gradient(mode):
     )
     assert abs((loss - expected).item()) < 1e-13
     for got, want in zip(
-        torch.autograd.grad(loss, (hidden, weight, bias)), torch.autograd.grad(expected, (hidden, weight, bias)), strict=True
+        torch.autograd.grad(loss, (hidden, weight, bias)),
+        torch.autograd.grad(expected, (hidden, weight, bias)),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
@@ -80,11 +83,13 @@ def test_backward_repeats_and_scales():
 
 
 def test_frozen_weight_keeps_the_hidden_gradient_and_refuses_a_trainable_one():
-    hidden, weight, bias, target, reward = inputs()
+    hidden, weight, _bias, target, reward = inputs()
     frozen = weight.detach()
     loss, _ = fused_linear_group_loss(hidden, frozen, target, RESPONSES, GROUPS, reward, AMPO())
     full, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
-    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(full, hidden)[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(full, hidden)[0], atol=1e-12, rtol=0
+    )
     with pytest.raises(ValueError, match="frozen"):
         fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO(), mode="frozen")
 
@@ -120,7 +125,9 @@ def test_accumulated_micro_batches_equal_one_batch():
         )  # fmt: skip
         parts.append(part)
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(sum(parts), weight)[0], torch.autograd.grad(whole, weight)[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(sum(parts), weight)[0], torch.autograd.grad(whole, weight)[0], atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,11 @@ F64 = torch.float64
 def stats(logp, length, reward, offsets, **more):
     as64 = {k: torch.tensor(v, dtype=F64) if k != "positive_M" else torch.tensor(v) for k, v in more.items()}
     return ResponseStats(
-        torch.tensor(logp, dtype=F64), torch.tensor(length), torch.tensor(reward, dtype=F64), torch.tensor(offsets), **as64
+        torch.tensor(logp, dtype=F64),
+        torch.tensor(length),
+        torch.tensor(reward, dtype=F64),
+        torch.tensor(offsets),
+        **as64,
     )
 
 
@@ -116,7 +121,9 @@ def test_extreme_scores_stay_finite():
     [("simple", 0.5 + 0.25), ("target", 0.5 * 2), ("budget_independent", math.log(2) + math.log(4))],
 )
 def test_eos_penalties_by_hand(penalty, expected):
-    data = stats([-2.0, -3.0, -1.0], [2, 4, 4], [0.9, 0.1, 0.0], [0, 3], eos_logp_M=[math.log(0.5), math.log(0.25), math.nan])
+    data = stats(
+        [-2.0, -3.0, -1.0], [2, 4, 4], [0.9, 0.1, 0.0], [0, 3], eos_logp_M=[math.log(0.5), math.log(0.25), math.nan]
+    )
     plain = GroupContrastive(beta=1.0)(data).loss.item()
     assert GroupContrastive(beta=1.0, eos_penalty=penalty, eos_lambda=0.1)(data).loss.item() == pytest.approx(
         plain + 0.1 * expected, abs=1e-14
@@ -137,7 +144,9 @@ def test_function_equals_class_and_normalizer_divides():
     one = group_contrastive_loss(*args, beta=10.0, gamma=3.0)
     assert one.item() == AMPO()(data).loss.item()
     assert group_contrastive_loss(*args, beta=10.0, gamma=3.0, normalizer=4).item() == pytest.approx(one.item() / 2)
-    assert group_contrastive_loss(*args, beta=10.0, gamma=3.0, normalizer=torch.tensor(4.0)).item() == pytest.approx(one.item() / 2)
+    assert group_contrastive_loss(*args, beta=10.0, gamma=3.0, normalizer=torch.tensor(4.0)).item() == pytest.approx(
+        one.item() / 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,7 @@ def test_groups_are_independent(sizes, seed):
     reward = torch.rand(total, generator=generator, dtype=F64)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     together = AMPO(alpha=0.3)(ResponseStats(logp, length, reward, offsets)).per_group_B
-    for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
         alone = AMPO(alpha=0.3)(
             ResponseStats(logp[start:end], length[start:end], reward[start:end], torch.tensor([0, end - start]))
         ).per_group_B[0]

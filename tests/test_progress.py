@@ -75,8 +75,7 @@ def test_plain_output_is_one_line_per_step_without_control_characters(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "step 2/4  reward 0.2500  loss 0.5000  1,234 tokens/s  "
-        "4.0 s (generate 75%, score 25%)  eta 0:08",
+        "step 2/4  reward 0.2500  loss 0.5000  1,234 tokens/s  4.0 s (generate 75%, score 25%)  eta 0:08",
         "saved checkpoint",
         "step 3/4  reward 0.5000  2.0 s (generate 100%)  eta 0:03",
     ]
@@ -102,9 +101,7 @@ def test_evaluation_time_is_not_part_of_the_time_left():
 
 def test_other_work_names_its_unit_and_prints_at_most_once_per_interval():
     clock, stream = Clock(), io.StringIO()
-    with TrainingProgress(
-        5, unit="prompt", plain_interval_s=10.0, stream=stream, clock=clock
-    ) as progress:
+    with TrainingProgress(5, unit="prompt", plain_interval_s=10.0, stream=stream, clock=clock) as progress:
         for done in range(1, 6):
             clock.now += 4.0
             progress.step_done(done, {})

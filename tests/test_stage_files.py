@@ -130,9 +130,7 @@ def test_given_rewards_of_other_texts_are_not_taken():
 @given(st.floats(), st.floats(), st.text())
 def test_every_number_and_text_reads_back_exactly(reward, logp, text):
     group = dataclasses.replace(make_group(), candidates=(candidate(text, logp=(logp,)),))
-    scored = ScoredGroup(
-        group=group, reward_raw=(reward,), reward=(reward,), valid=(True,), embedding=torch.ones(1, 1)
-    )
+    scored = ScoredGroup(group=group, reward_raw=(reward,), reward=(reward,), valid=(True,), embedding=torch.ones(1, 1))
     line = dump_line(row_from_scored(scored))
     assert "NaN" not in line.replace(json.dumps(text, ensure_ascii=False), "")
     assert "Infinity" not in line.replace(json.dumps(text, ensure_ascii=False), "")

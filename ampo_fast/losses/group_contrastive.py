@@ -91,9 +91,13 @@ class GroupContrastive:
             return padded(stats.positive_M.bool(), mask_BG, False)
         if self.split == "given":
             raise ValueError('split = "given" needs positive_M')
-        reward_BG = padded(stats.reward_M.float() if stats.reward_M.dtype != torch.float64 else stats.reward_M, mask_BG, -torch.inf)
+        reward_BG = padded(
+            stats.reward_M.float() if stats.reward_M.dtype != torch.float64 else stats.reward_M, mask_BG, -torch.inf
+        )
         if self.split == "mean":
-            mean_B1 = reward_BG.masked_fill(~mask_BG, 0.0).sum(1, keepdim=True) / mask_BG.sum(1, keepdim=True).clamp(min=1)
+            mean_B1 = reward_BG.masked_fill(~mask_BG, 0.0).sum(1, keepdim=True) / mask_BG.sum(1, keepdim=True).clamp(
+                min=1
+            )
             return (reward_BG > mean_B1) & mask_BG
         is_best_BG = torch.zeros_like(mask_BG)
         if mask_BG.numel():
@@ -120,7 +124,9 @@ class GroupContrastive:
         return self.eos_lambda * padded(torch.where(ends_M, term_M, 0.0), mask_BG, 0.0).sum(1)
 
 
-def _contrast(score_BG: torch.Tensor, positive_BG: torch.Tensor, negative_BG: torch.Tensor, gamma: float) -> torch.Tensor:
+def _contrast(
+    score_BG: torch.Tensor, positive_BG: torch.Tensor, negative_BG: torch.Tensor, gamma: float
+) -> torch.Tensor:
     """The loss of each group from scores and sides; 0, with zero gradient, where a side is empty."""
     if score_BG.numel() == 0:
         return score_BG.sum(1)

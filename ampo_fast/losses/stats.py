@@ -54,7 +54,9 @@ def group_mask(group_offsets: torch.Tensor, device: torch.device) -> torch.Tenso
 
 def padded(values_M: torch.Tensor, mask_BG: torch.Tensor, fill: float | bool) -> torch.Tensor:
     """[M] -> [B, G], `fill` where there is no response. Differentiable, and deterministic on every device."""
-    return torch.full(mask_BG.shape, fill, dtype=values_M.dtype, device=values_M.device).masked_scatter(mask_BG, values_M)
+    return torch.full(mask_BG.shape, fill, dtype=values_M.dtype, device=values_M.device).masked_scatter(
+        mask_BG, values_M
+    )
 
 
 def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutput:

@@ -1,0 +1,98 @@
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
+from ampo_fast.config import CheckpointConfig, ModelConfig, OptimConfig
+from ampo_fast.model import Policy
+from ampo_fast.optimizer import make_optimizer
+
+
+def trained(tiny_model, seed):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-2))
+    torch.manual_seed(seed)
+    for _ in range(2):
+        for parameter in policy.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return policy, optimizer
+
+
+def test_parameters_moments_and_state_come_back_bit_for_bit(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 7, policy, optimizer, {"spreads": [0.1 + 0.2]})
+    other, other_optimizer = trained(tiny_model, 1)
+    assert load_checkpoint(path, other, other_optimizer) == {"step": 7, "spreads": [0.1 + 0.2]}
+    for a, b in zip(policy.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for p, q in zip(policy.parameters(), other.parameters(), strict=True):
+        a, b = optimizer.state[p], other_optimizer.state[q]
+        assert all(torch.equal(a[key], b[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_partial_checkpoints_are_not_seen_and_old_ones_pruned(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    for step in (1, 2, 3, 4, 5):
+        save_checkpoint(tmp_path, step, policy, optimizer, {})
+    (tmp_path / ".step_000006.incomplete").mkdir()
+    assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1, 2, 3, 4, 5]
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=2))
+    assert [step for step, _ in checkpoint_dirs(tmp_path)] == [2, 4, 5]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_truncated_file_is_named_with_the_way_out(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
+    shard = path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"step_000001 cannot be read.*fall back"):
+        load_checkpoint(path, policy, optimizer)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_model, tmp_path):
+    from conftest import make_tiny_model
+
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path / "c", 1, policy, optimizer, {})
+    other, other_optimizer = trained(make_tiny_model(tmp_path / "m", num_hidden_layers=3), 0)
+    with pytest.raises(ValueError, match="another model"):
+        load_checkpoint(path, other, other_optimizer)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_model, tmp_path):
+    # A file-size limit makes write() fail as a full disk does, with a real OSError from the kernel.
+    code = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_checkpoint import trained
+        from ampo_fast.checkpoint import save_checkpoint
+        policy, optimizer = trained({str(tiny_model)!r}, 0)
+        root = Path({str(tmp_path)!r})
+        save_checkpoint(root, 1, policy, optimizer, {{}})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(root, 2, policy, optimizer, {{}})
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert "Error" in done.stdout, done.stderr
+    assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1]
+    assert not list(tmp_path.glob(".step*"))
+    policy, optimizer = trained(tiny_model, 1)
+    assert load_checkpoint(tmp_path / "step_000001", policy, optimizer)["step"] == 1
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_run_that_cannot_fit_is_refused_at_the_start(tiny_policy, tmp_path):
+    require_disk(tmp_path, tiny_policy, CheckpointConfig())
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_last"):
+        require_disk(tmp_path, tiny_policy, CheckpointConfig(keep_last=10**9))

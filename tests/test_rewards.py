@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from builders import config, group, prompt
+
+from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, relevance, score_groups, valid_candidates
+from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt
+
+NAN = math.nan
+
+
+class FakeEmbedder:
+    num_windowed = 0
+
+    def embed(self, texts):
+        return torch.stack(
+            [torch.nn.functional.normalize(torch.tensor([1.0, len(t) / 10, t.count("e")]), dim=0) for t in texts]
+        )
+
+
+def test_normalisation_rules_by_hand_and_over_the_valid_only():
+    raw, valid = (1.0, 3.0, 2.0, 99.0), (True, True, True, False)
+    assert normalize_rewards(raw, valid, "none")[:3] == (1.0, 3.0, 2.0)
+    assert normalize_rewards(raw, valid, "minmax")[:3] == (0.0, 1.0, 0.5)
+    z = normalize_rewards(raw, valid, "zscore")
+    assert z[:3] == pytest.approx((-math.sqrt(1.5), math.sqrt(1.5), 0.0))
+    assert normalize_rewards((0.0,), (True,), "sigmoid") == (0.5,)
+    for rule in ("none", "minmax", "zscore", "sigmoid"):
+        assert math.isnan(normalize_rewards(raw, valid, rule)[3])
+    assert normalize_rewards((2.0, 2.0), (True, True), "minmax") == (0.5, 0.5)
+    assert normalize_rewards((2.0, 2.0), (True, True), "zscore") == (0.0, 0.0)
+
+
+def test_empty_duplicate_and_unscored_candidates_are_invalid():
+    made = group(["a", "", "a ", "b", "c"], finish=["stop", "stop", "stop", "stop", "length"])
+    assert valid_candidates(made, (1.0, 1.0, 1.0, NAN, 1.0)) == (True, False, False, False, True)
+    assert valid_candidates(made, (1.0,) * 5, "exclude") == (True, False, False, True, False)
+
+
+def test_missing_rewards_are_masked_until_they_are_too_many():
+    groups = [group(["a", "b", "c", "d"])]
+    check_missing(groups, [[1.0, None, 2.0, 3.0]], 0.25)
+    with pytest.raises(ValueError, match=r"p0\[1\], p0\[3\]"):
+        check_missing(groups, [[1.0, None, 2.0, math.inf]], 0.25)
+
+
+def test_user_function_rewards_and_embeddings_meet_in_the_scored_group():
+    settings = config(reward={"kind": "toy_rewards:sometimes_missing", "max_missing_share": 0.5})
+    groups = [group(["ab", "abc", "abcd", "abcde"])]
+    (scored,) = score_groups(groups, make_reward(settings), FakeEmbedder(), settings)
+    assert scored.reward_raw[:3] == (2.0, 3.0, 4.0)
+    assert scored.valid == (True, True, True, False)
+    assert scored.reward[:3] == (0.0, 0.5, 1.0)
+    assert scored.embedding.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [("nonsense", "reward.kind"), ("no_such_module:f", "imported"), ("toy_rewards:nope", "imported")],
+)
+def test_unknown_scorers_are_named(kind, match):
+    with pytest.raises(ValueError, match=match):
+        make_reward(config(reward={"kind": kind}))
+
+
+def test_a_scorer_that_returns_too_few_is_named():
+    with pytest.raises(ValueError, match="1 rewards for 2"):
+        make_reward(config(reward={"kind": "toy_rewards:too_few"}))([group(["a", "b"])])
+
+
+def test_given_rewards_come_from_the_data():
+    given = (GivenResponse(content="a", reward=0.5), GivenResponse(content="b", reward=None))
+    owner = Prompt(id="x", messages=prompt().messages, responses=given)
+    candidates = tuple(Candidate(content=g.content, token_ids=(3, 1)) for g in given)
+    settings = config(reward={"kind": "data"}, rollout={"engine": "data"})
+    assert make_reward(settings)([CandidateGroup(prompt=owner, prompt_ids=(1,), candidates=candidates)]) == [
+        [0.5, None]
+    ]
+
+
+def test_relevance_prefers_a_finished_answer_to_the_point():
+    from ampo_fast.embeddings import SentenceEncoder
+
+    encoder = SentenceEncoder("package:all-minilm-l6-v2")
+    asked = prompt(0, "Briefly, why do leaves change color in autumn?")
+    answers = [
+        "Leaves change because green chlorophyll breaks down and other pigments show in autumn.",
+        "Leaves change because green chlorophyll breaks down and other pigments show in autumn",
+        "The stock market closed higher today after a strong report on jobs was published.",
+        "Leaves change color. Leaves change color. Leaves change color. Leaves change color.",
+        "Briefly, why do leaves change color in autumn?",
+        "",
+    ]
+    good, unfinished, off_topic, repeated, parrot, empty = relevance([asked] * 6, answers, encoder)
+    assert good > 0.5
+    assert unfinished == pytest.approx(good / 2, rel=0.05)
+    assert off_topic < 0.25 * good
+    assert repeated < 0.5 * good
+    assert parrot < 0.1
+    assert empty == 0.0

@@ -1,0 +1,37 @@
+import pytest
+from builders import prompt
+
+from ampo_fast.sampler import PromptSampler, admit_prompts
+
+
+@pytest.mark.parametrize(("num_prompts", "per_round"), [(10, 4), (7, 7), (5, 3), (12, 4)])
+def test_every_prompt_once_an_epoch_and_no_prompt_twice_a_round(num_prompts, per_round):
+    sampler = PromptSampler([prompt(i) for i in range(num_prompts)], per_round, seed=1)
+    rounds = [[p.id for p in sampler.round(i)] for i in range(num_prompts * 3)]
+    assert all(len(set(ids)) == per_round for ids in rounds)
+    flat = [i for ids in rounds for i in ids]
+    for epoch in range(3):
+        assert len(set(flat[epoch * num_prompts : (epoch + 1) * num_prompts])) == num_prompts
+    assert flat[:num_prompts] != flat[num_prompts : 2 * num_prompts]
+
+
+def test_a_round_is_a_pure_function_of_its_index():
+    prompts = [prompt(i) for i in range(9)]
+    assert PromptSampler(prompts, 4, 0).round(11) == PromptSampler(prompts, 4, 0).round(11)
+    assert PromptSampler(prompts, 4, 0).round(0) != PromptSampler(prompts, 4, 1).round(0)
+
+
+def test_too_few_prompts_are_named():
+    with pytest.raises(ValueError, match="needs 4 prompts"):
+        PromptSampler([prompt(0)], 4, 0)
+
+
+def test_overlong_prompts_are_counted_and_too_many_are_an_error(tiny_policy, caplog):
+    from builders import config
+
+    prompts = [prompt(i, "hi") for i in range(9)] + [prompt(9, "x" * 200)]
+    settings = config(data={"max_prompt_tokens": 50, "max_overlong_share": 0.1})
+    assert len(admit_prompts(prompts, tiny_policy, settings, "data.train")) == 9
+    assert "1 of 10" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.train: 2 of 11"):
+        admit_prompts([*prompts, prompt(10, "y" * 200)], tiny_policy, settings, "data.train")

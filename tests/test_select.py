@@ -1,0 +1,59 @@
+import math
+
+import pytest
+from builders import config, scored
+
+from ampo_fast.select import RewardTolerance, select_groups
+
+
+def test_one_positive_and_k_negatives_with_lower_rewards():
+    (chosen,) = select_groups([scored((0.1, 0.9, 0.5, 0.9, 0.2, 0.3))], config(), 1e-6)
+    assert chosen.positive == (1,)
+    assert len(chosen.negative) == 3
+    assert not {1, 3} & set(chosen.negative)  # 3 ties with the positive
+    assert math.isfinite(chosen.cost)
+    assert chosen.is_trained
+
+
+def test_cut_responses_are_never_the_positive_by_default():
+    finish = ["stop", "length", "stop", "stop"]
+    group = scored((0.1, 0.9, 0.5, 0.2), finish=finish)
+    assert select_groups([group], config(), 1e-6)[0].positive == (2,)
+    assert select_groups([group], config(rollout={"truncated": "keep"}), 1e-6)[0].positive == (1,)
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (scored((0.5, 0.5, 0.5)), "equal"),
+        (scored((0.5, 0.1, 0.2), valid=[True, False, False]), "fewer than two"),
+        (scored((0.5, 0.1), finish=["length", "length"]), "cut"),
+        (scored((0.5, 0.9), finish=["stop", "length"]), "no response has a lower reward"),
+    ],
+)
+def test_degenerate_groups_are_left_out_with_the_reason(group, reason):
+    chosen = select_groups([group, scored((0.1, 0.9))], config(), 1e-6)
+    assert reason in chosen[0].skip_reason
+    assert not chosen[0].is_trained
+    assert chosen[1].is_trained
+
+
+def test_invalid_candidates_are_never_selected():
+    (chosen,) = select_groups([scored((0.1, math.nan, 0.5, 0.2), valid=[True, False, True, True])], config(), 1e-6)
+    assert chosen.positive == (2,)
+    assert chosen.negative == (0, 3)
+
+
+def test_random_depends_on_the_prompt_not_on_its_neighbours():
+    settings = config(select={"strategy": "random"})
+    groups = [scored(tuple(i * 0.1 for i in range(8)), i) for i in range(4)]
+    together = [g.negative for g in select_groups(groups, settings, 1e-6)]
+    reverse = [g.negative for g in select_groups(groups[::-1], settings, 1e-6)][::-1]
+    assert together == reverse
+    assert len(set(together)) > 1
+
+
+def test_tolerance_follows_the_median_spread_of_the_run():
+    tolerance = RewardTolerance(None)
+    assert tolerance.update([scored((0.0, 2.0)), scored((0.0, 4.0)), scored((0.0, 6.0))]) == pytest.approx(1e-6 + 4e-3)
+    assert RewardTolerance(0.5).update([scored((0.0, 2.0))]) == 0.5

@@ -1,0 +1,198 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ampo_fast import k_center, k_medoids, pairwise_distances, select_responses
+from ampo_fast.selection import STRATEGIES
+
+MANY = [s for s in STRATEGIES if s != "best_worst"]
+
+
+def random_groups(sizes, seed=0, dim=5):
+    g = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    return torch.randn(n, dim, generator=g), torch.rand(n, generator=g), torch.tensor([0, *sizes]).cumsum(0)
+
+
+def cost_by_definition(points, rewards, positive, chosen, everyone, coverage="candidates"):
+    weight = (rewards[everyone].mean() - rewards).exp()
+    clients = [i for i in everyone if coverage == "all" or i not in positive]
+    return sum(float(weight[i]) * min(float((points[i] - points[j]).norm()) for j in chosen) for i in clients)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(2, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 1000), st.sampled_from(MANY)
+)
+def test_every_strategy_obeys_the_contract(sizes, k, seed, strategy):
+    points, rewards, offsets = random_groups(sizes, seed)
+    out = select_responses(points, rewards, k, strategy=strategy, group_offsets=offsets)
+    for b, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        r, p = rewards[start:end], points[start:end]
+        positive, negative = out.positive[b].tolist(), out.negative[b].tolist()
+        assert positive == [int(r.argmax())]
+        kept = [i for i in negative if i >= 0]
+        assert kept == sorted(set(kept))
+        assert negative == kept + [-1] * (k - len(kept))
+        assert len(kept) == min(k, len(r) - 1)
+        assert positive[0] not in kept
+        expected = cost_by_definition(p, r, positive, kept, list(range(len(r))))
+        assert out.cost[b].item() == pytest.approx(expected, rel=1e-4)
+        assert out.lower_bound[b] <= out.cost[b] + 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 9), st.integers(1, 4), st.integers(0, 1000))
+def test_exact_is_the_optimum_and_local_search_within_five_times(n, k, seed):
+    points, rewards, _ = random_groups([n], seed)
+    exact = select_responses(points, rewards, k, strategy="opt_select_exact")
+    local = select_responses(points, rewards, k, strategy="opt_select")
+    top = int(rewards.argmax())
+    others = [i for i in range(n) if i != top]
+    best = min(
+        cost_by_definition(points, rewards, [top], subset, range(n))
+        for subset in itertools.combinations(others, min(k, n - 1))
+    )
+    assert exact.proven[0]
+    assert exact.cost[0].item() == pytest.approx(best, rel=1e-4, abs=1e-6)
+    assert best - 1e-5 <= local.cost[0] <= 5 * best + 1e-5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compiled_and_torch_choose_the_same(seed):
+    points, rewards, offsets = random_groups([8, 3, 16, 1, 12], seed, dim=33)
+    torch_out, cpp_out = (
+        select_responses(points, rewards, 4, strategy="opt_select", group_offsets=offsets, impl=impl)
+        for impl in ("torch", "cpp")
+    )
+    assert torch.equal(torch_out.negative, cpp_out.negative)
+    assert torch.equal(torch_out.positive, cpp_out.positive)
+
+
+def test_ties_validity_and_sides():
+    points, _, _ = random_groups([6])
+    rewards = torch.tensor([0.5, 0.9, 0.9, math.nan, 0.1, 0.2])
+    valid = torch.tensor([True, True, True, False, True, True])
+    out = select_responses(points, rewards, 5, strategy="bottom_k", valid=valid, tie_tol=0.0)
+    assert out.positive.tolist() == [[1]]  # the lowest index of equal rewards
+    assert out.negative.tolist() == [[0, 4, 5, -1, -1]]  # 2 ties with the positive, 3 is invalid
+    blocked = select_responses(points, rewards, 2, strategy="bottom_k", valid=valid, positive_ok=rewards < 0.3)
+    assert blocked.positive.tolist() == [[5]]
+    none = select_responses(
+        points, rewards, 2, strategy="bottom_k", valid=valid, positive_ok=torch.zeros(6, dtype=torch.bool)
+    )
+    assert none.positive.tolist() == [[-1]]
+    assert none.negative.tolist() == [[-1, -1]]
+    assert math.isnan(none.cost[0])
+
+
+def test_coverage_all_counts_the_positive_too():
+    points, rewards, _ = random_groups([5])
+    top = int(rewards.argmax())
+    for coverage in ("candidates", "all"):
+        out = select_responses(points, rewards, 2, strategy="k_center", coverage=coverage)
+        expected = cost_by_definition(points, rewards, [top], out.negative[0].tolist(), range(5), coverage)
+        assert out.cost[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_positives_by_falling_reward():
+    points, _, _ = random_groups([5])
+    out = select_responses(points, torch.tensor([0.1, 0.8, 0.9, 0.3, 0.2]), 2, strategy="bottom_k", positives=2)
+    assert out.positive.tolist() == [[2, 1]]
+    assert out.negative.tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("strategy", ["random", "coreset"])
+def test_keys_make_seeded_strategies_independent_of_order(strategy):
+    points, rewards, offsets = random_groups([9, 9, 9])
+    keys = torch.tensor([11, 22, 33])
+    whole = select_responses(points, rewards, 3, strategy=strategy, group_offsets=offsets, keys=keys).negative
+    for b in range(3):
+        part = slice(9 * b, 9 * b + 9)
+        alone = select_responses(points[part], rewards[part], 3, strategy=strategy, keys=keys[b : b + 1]).negative
+        assert torch.equal(alone[0], whole[b])
+
+
+def test_all_points_equal_still_gives_k_different_ones():
+    points, rewards = torch.ones(6, 4), torch.arange(6.0)
+    for strategy in MANY:
+        out = select_responses(points, rewards, 3, strategy=strategy)
+        assert len(set(out.negative[0].tolist()) - {-1, 5}) == 3
+        assert out.cost[0] == 0
+
+
+def test_near_duplicates_far_from_the_origin_keep_their_distance():
+    base = torch.full((1, 384), 100.0 / 384**0.5)
+    points = torch.cat((base, base)).double()
+    points[1, 0] += 1e-4
+    for impl in ("torch", "cpp"):
+        distance = pairwise_distances(points.float(), impl=impl)
+        true = (points.float().double()[0] - points.float().double()[1]).norm().item()
+        assert distance[0, 1].item() == pytest.approx(true, rel=1e-5)
+        assert distance.diagonal().tolist() == [0.0, 0.0]
+        assert torch.equal(distance, distance.T)
+
+
+def test_metrics_and_ragged_blocks():
+    points, _, offsets = random_groups([3, 2])
+    blocks = pairwise_distances(points, group_offsets=offsets)
+    assert blocks.shape == (13,)
+    torch.testing.assert_close(blocks[:9].view(3, 3), torch.cdist(points[:3], points[:3]), atol=1e-5, rtol=0)
+    cosine = 1 - torch.nn.functional.cosine_similarity(points[:, None], points[None], dim=-1)
+    torch.testing.assert_close(pairwise_distances(points, metric="cosine"), cosine, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        pairwise_distances(points, metric="sqeuclidean"), torch.cdist(points, points) ** 2, atol=1e-4, rtol=0
+    )
+
+
+def test_k_center_by_hand():
+    line = torch.tensor([[0.0], [10.0], [4.0], [10.0], [6.0]])
+    assert k_center(line, 3).tolist() == [0, 1, 2]  # 0; then 10 (lowest index); then 4, 4 away from 0 like 6 from 10
+    assert k_center(line, 3, seeds=[4]).tolist() == [4, 0, 1]
+    assert sorted(k_center(line, 5).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_k_medoids_by_hand_with_weights_and_fixed_members():
+    line = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
+    distance = torch.cdist(line, line)
+    indices, cost = k_medoids(distance, 2)
+    assert indices.tolist() in ([1, 3], [1, 4])
+    assert cost == 3.0
+    indices, cost = k_medoids(distance, 2, fixed=[0])
+    assert indices.tolist() in ([0, 3], [0, 4])
+    assert cost == 4.0
+    indices, _ = k_medoids(distance, 1, weights=torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0]))
+    assert indices.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"k": 0}, "k = 0"),
+        ({"strategy": "best"}, "strategy"),
+        ({"strategy": "best_worst", "k": 2}, "best_worst"),
+        ({"rewards": torch.zeros(4)}, "rewards"),
+        ({"rewards": torch.tensor([1.0, math.nan, 0.0])}, "rewards"),
+        ({"embeddings": torch.full((3, 2), math.inf)}, "embeddings"),
+        ({"group_offsets": torch.tensor([0, 2])}, "group_offsets"),
+        ({"valid": torch.ones(2, dtype=torch.bool)}, "valid"),
+        ({"impl": "gpu"}, "impl"),
+    ],
+)
+def test_wrong_arguments_are_named(change, match):
+    arguments = {
+        "embeddings": torch.randn(3, 2),
+        "rewards": torch.tensor([1.0, 0.5, 0.0]),
+        "k": 1,
+        "strategy": "opt_select",
+    }
+    with pytest.raises(ValueError, match=match):
+        select_responses(**(arguments | change))
+    with pytest.raises(ValueError, match="k = 9"):
+        k_center(torch.randn(3, 2), 9)
+    with pytest.raises(ValueError, match="fixed"):
+        k_medoids(torch.zeros(3, 3), 2, fixed=[7])

@@ -1,0 +1,239 @@
+"""The loop on a tiny model, with real processes, real kills and real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ampo_fast.config import load_config
+from ampo_fast.metrics import read_metrics
+from ampo_fast.trainer import train
+
+HERE = Path(__file__).parent
+
+
+def write_run(tmp_path, tiny_model, **sections):
+    words = ["tea", "sun", "rain", "wind", "stone", "moss", "wolf", "bread", "lamp", "road"]
+    rows = [{"id": f"t{i}", "prompt": f"say {w}"} for i, w in enumerate(words)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps({"id": f"e{i}", "prompt": f"name {w}"}) + "\n" for i, w in enumerate(words[:4]))
+    )
+    values = {
+        "run": {"name": "r", "dir": str(tmp_path / "runs"), "steps": 6, "trackers": []},
+        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
+        "model": {"path": str(tiny_model)},
+        "rollout": {"n": 6, "max_new_tokens": 24, "batch_rows": 12, "truncated": "keep", "prompts_per_round": 4},
+        "reward": {"kind": "toy_rewards:vowels"},
+        "embed": {"model": "policy"},
+        "select": {"k": 3},
+        "optim": {"prompts_per_step": 2, "lr": 3e-3},
+        "eval": {"prompts": 4, "every": 3},
+        "checkpoint": {"every": 2, "save_best": False},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    import tomli_w
+
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(values))
+    return path
+
+
+def command(config, *more):
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", "ampo_fast.cli", "train", str(config), *more], env
+
+
+def comparable(run_dir):
+    timed = ("time/", "perf/")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """One uninterrupted run through the command line."""
+    config = write_run(tmp_path_factory.mktemp("run"), tiny_model)
+    argv, env = command(config)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return config, Path(config).parent / "runs" / "r", done
+
+
+def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
+    _, run_dir, done = finished
+    summary = json.loads(done.stdout.splitlines()[-1])
+    wanted = {"run_dir", "steps", "reward_before", "reward_after", "reward_se", "win_rate", "wall_s", "peak_rss_mib"}
+    assert wanted <= summary.keys()
+    assert summary["steps"] == 6
+    for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "report.html", "final/config.json",
+                 "final/model.safetensors", "final/README.md", "eval/before.jsonl", "eval/after.jsonl",
+                 "eval/step_000003.jsonl", "rollouts/step_000001.jsonl", "rollouts/step_000001.safetensors", "checkpoints/step_000006/state.json"):  # fmt: skip
+        assert (run_dir / name).is_file(), name
+    assert not list((run_dir / "rollouts").glob("*partial*"))
+    steps = [row["step"] for row in comparable(run_dir) if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_reward_rises(finished):
+    rewards = [row["eval/reward"] for row in comparable(finished[1]) if "eval/reward" in row]
+    assert rewards[-1] > rewards[0]
+
+
+def test_fresh_samples_equal_the_trainers_log_probs(finished):
+    rows = [row for row in comparable(finished[1]) if "sampling/sampling_logp_difference/max" in row]
+    assert [row["step"] for row in rows] == [1, 3, 5]  # the first update of each round is on-policy
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
+
+
+def test_an_existing_run_is_not_overwritten_and_another_config_not_resumed(finished):
+    config, run_dir, _ = finished
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    argv, env = command(config)
+    again = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+    argv, env = command(config, "--resume", "auto", "--optim.lr", "0.5")
+    other = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "optim.lr" in other.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kill_at", ["step_000003.partial", '"step": 4, "loss"', "step_000004"])
+def test_kill_9_and_resume_give_the_same_metrics_bit_for_bit(finished, tiny_model, tmp_path, kill_at):
+    """Killed while sampling, between an update and its checkpoint, and right after a checkpoint."""
+    config = write_run(tmp_path, tiny_model)
+    run_dir = tmp_path / "runs" / "r"
+    argv, env = command(config)
+    running = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline and not reached(run_dir, kill_at):
+        time.sleep(0.002)
+    assert running.poll() is None, "the run ended before it could be killed"
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    argv, env = command(config, "--resume", "auto")
+    resumed = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert comparable(run_dir) == comparable(finished[1])
+    for name in ("rollouts/step_000005.jsonl", "eval/after.jsonl"):
+        assert (run_dir / name).read_bytes() == (finished[1] / name).read_bytes()
+
+
+def reached(run_dir, mark):
+    if mark.startswith('"'):
+        path = run_dir / "metrics.jsonl"
+        return path.exists() and mark in path.read_text()
+    return any(
+        path.name.startswith(mark) for folder in ("rollouts", "checkpoints") for path in (run_dir / folder).glob("*")
+    )
+
+
+def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
+    config = write_run(tmp_path, tiny_model)
+    run_dir = tmp_path / "runs" / "r"
+    argv, env = command(config)
+    running = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not reached(run_dir, '"step": 1'):
+        time.sleep(0.002)
+    running.terminate()
+    out, _ = running.communicate(timeout=120)
+    assert running.returncode == 0
+    assert json.loads(out.splitlines()[-1])["stopped"] == "SIGTERM"
+    argv, env = command(config, "--resume", "auto")
+    assert subprocess.run(argv, env=env, capture_output=True, check=False).returncode == 0
+    assert comparable(run_dir) == comparable(finished[1])
+
+
+def losses(tmp_path, tiny_model, name, **sections):
+    path = write_run(tmp_path, tiny_model, **sections)
+    config = load_config(str(path), ["--run.name", name, "--data.eval", str(tmp_path / "eval.jsonl")])
+    train(config)
+    rows = comparable(tmp_path / "runs" / name)
+    return torch.tensor([row["loss"] for row in rows if "loss" in row])
+
+
+def test_micro_batches_do_not_change_the_step(tiny_model, tmp_path):
+    one = losses(tmp_path, tiny_model, "one", run={"steps": 3}, eval={"prompts": 0})
+    many = losses(
+        tmp_path, tiny_model, "many", run={"steps": 3}, eval={"prompts": 0}, optim={"micro_batch_tokens": 130}
+    )
+    torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
+
+
+def test_degenerate_groups_are_skipped_and_counted(tiny_model, tmp_path):
+    path = write_run(
+        tmp_path, tiny_model, run={"steps": 2}, reward={"kind": "toy_rewards:constant"}, eval={"prompts": 0}
+    )
+    train(load_config(str(path)))
+    rows = comparable(tmp_path / "runs" / "r")
+    assert [row["group/trained"] for row in rows] == [0, 0]
+    assert [row["group/degenerate"] for row in rows] == [1.0, 1.0]
+    assert all("loss" not in row for row in rows)
+    from safetensors.torch import load_file
+
+    start, end = (
+        load_file(Path(tiny_model) / "model.safetensors"),
+        load_file(tmp_path / "runs/r/final/model.safetensors"),
+    )
+    assert all(torch.equal(start[name], end[name]) for name in end)
+
+
+def test_missing_rewards_stop_the_run_and_keep_the_samples(tiny_model, tmp_path):
+    path = write_run(tmp_path, tiny_model, reward={"kind": "toy_rewards:broken"}, eval={"prompts": 0})
+    with pytest.raises(ValueError, match="missing or not finite"):
+        train(load_config(str(path)))
+    assert (tmp_path / "runs/r/rollouts/step_000001.partial.jsonl").stat().st_size > 0
+
+
+def test_offline_training_from_multi_response_data(tiny_model, tmp_path):
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"q{i}",
+            "responses": [{"content": "aeiou"[: j + 1] * 2, "reward": j / 4} for j in range(5)],
+        }
+        for i in range(6)
+    ]
+    rows[2]["responses"][1]["reward"] = None
+    rows[3]["responses"][0]["content"] = ""
+    data = tmp_path / "offline.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_run(
+        tmp_path, tiny_model, run={"steps": 3}, data={"train": str(data)}, rollout={"engine": "data"},
+        reward={"kind": "data"}, eval={"reward": "toy_rewards:vowels"},
+    )  # fmt: skip
+    summary = train(load_config(str(path)))
+    assert summary["steps"] == 3
+    rows = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
+    assert len(rows) == 3
+    assert sum(row["group/invalid"] for row in rows) == 2
+
+
+def test_an_unknown_loss_and_a_wrong_field_are_named(tiny_model, tmp_path):
+    path = write_run(tmp_path, tiny_model)
+    with pytest.raises(ValueError, match=r"loss\.name.*AMPO"):
+        train(load_config(str(path), ["--loss.name", "AMPOO"]))
+    with pytest.raises(ValueError, match=r"loss\.params"):
+        train(load_config(str(path), ["--loss.params.betta", "3"]))
+
+
+def test_dry_run_shows_groups_and_cost_and_writes_nothing(tiny_model, tmp_path):
+    config = write_run(tmp_path, tiny_model)
+    argv, env = command(config, "--dry-run")
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("context (no target)") == 3
+    for text in ("TFLOP per step", "1 + 3", "all 6", "memory, estimated", "BOS", "over the limit"):
+        assert text in done.stdout
+    assert not (tmp_path / "runs").exists()
