@@ -18,6 +18,24 @@ from ampo_fast.trainer import train
 HERE = Path(__file__).parent
 
 
+WHOLE = [
+    "config.json",
+    "versions.json",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "final/config.json",
+    "final/model.safetensors",
+    "final/README.md",
+    "eval/before.jsonl",
+    "eval/after.jsonl",
+    "eval/step_000003.jsonl",
+    "rollouts/step_000001.jsonl",
+    "rollouts/step_000001.safetensors",
+    "checkpoints/step_000006/state.json",
+]
+
+
 def write_run(tmp_path, tiny_model, **sections):
     words = ["tea", "sun", "rain", "wind", "stone", "moss", "wolf", "bread", "lamp", "road"]
     rows = [{"id": f"t{i}", "prompt": f"say {w}"} for i, w in enumerate(words)]
@@ -74,9 +92,7 @@ def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
     wanted = {"run_dir", "steps", "reward_before", "reward_after", "reward_se", "win_rate", "wall_s", "peak_rss_mib"}
     assert wanted <= summary.keys()
     assert summary["steps"] == 6
-    for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "report.html", "final/config.json",
-                 "final/model.safetensors", "final/README.md", "eval/before.jsonl", "eval/after.jsonl",
-                 "eval/step_000003.jsonl", "rollouts/step_000001.jsonl", "rollouts/step_000001.safetensors", "checkpoints/step_000006/state.json"):  # fmt: skip
+    for name in WHOLE:
         assert (run_dir / name).is_file(), name
     assert not list((run_dir / "rollouts").glob("*partial*"))
     steps = [row["step"] for row in comparable(run_dir) if "loss" in row]
