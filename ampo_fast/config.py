@@ -60,10 +60,10 @@ class RolloutConfig(Section):
     n: Annotated[int, Field(ge=2)] = Field(8, description="Candidates per prompt.")
     prompts_per_round: Count = Field(0, description="Prompts answered before training on them; 0: one step's worth.")
     updates_per_round: Positive = Field(1, description="Passes over a round's groups before the next round.")
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    temperature: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Of sampling; the loss is at 1.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1: off.")
     top_k: Count = Field(0, description="0: off.")
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(64, description="The length limit of a response, end-of-turn token included.")
     batch_rows: Positive = Field(64, description="Candidates decoded together.")
     truncated: Literal["negative", "exclude", "keep"] = Field(
         "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
@@ -108,12 +108,12 @@ class LossConfig(Section):
 class OptimConfig(Section):
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
     micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
-    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
-    warmup_ratio: Share = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of both moments.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's decoupled decay.")
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
 class EvalConfig(Section):
@@ -130,7 +130,7 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     every: Count = Field(50, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: Positive = 2
+    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
     keep_every: Count = Field(0, description="Keep every step that this divides, for good; 0: none.")
     save_best: bool = Field(True, description="Export the policy with the best evaluation reward to best/.")
 

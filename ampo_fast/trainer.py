@@ -295,6 +295,7 @@ class Trainer:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
                 export(self.policy, self.run_dir / "best")
+                write_model_card(self.run_dir / "best", self.config, {"steps": self.step})
         else:
             self.state["bad_evals"] += 1
         if config.max_kl is not None and kl > config.max_kl:
