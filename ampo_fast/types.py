@@ -5,8 +5,8 @@ Shapes: N candidates of one prompt, E embedding, T packed tokens, R predicted re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -141,13 +141,3 @@ class Sampling:
     max_new_tokens: int = 64
     seed: int = 0
     step: int = 0
-
-
-@dataclass(slots=True, kw_only=True)
-class StepReport:
-    """What one optimizer step did: numbers for metrics.jsonl, and the selected groups for the rollout files."""
-
-    step: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    phase_s: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
