@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def select_responses(
     the valid candidates other than the positives (coverage "all": over those too), the mean over the valid ones.
     Strategies: bottom_k (lowest rewards), coreset (k-means, lowest reward of each cluster), k_center (farthest first,
     the positive covered), opt_select (local search on the cost, <= 5 x optimum), opt_select_exact (proven, or the best
-    known at time_limit seconds per group), best_worst (k = 1), random.
+    known when time_limit seconds are over, which the groups share), best_worst (k = 1), random.
 
     Args:
         embeddings: float [n, E], rewards: float [n], stacked group after group by group_offsets int64 [B + 1].
@@ -89,115 +90,144 @@ def select_responses(
         )
     n = rewards.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
-    valid = _mask("valid", valid, n)
-    positive_ok = _mask("positive_ok", positive_ok, n)
-    rewards, embeddings = rewards.detach().cpu().double(), embeddings.detach().cpu()
-    check_finite("rewards", rewards[valid])
-    check_finite("embeddings", embeddings[valid])
-    blocks = _distance_blocks(embeddings, offsets, impl)
-    instances = []
-    for b, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        group = slice(start, end)
-        generator = torch.Generator().manual_seed(_group_seed(seed, b if keys is None else int(keys[b])))
-        sides = _sides(rewards[group], valid[group], positive_ok[group], positives, tie_tol)
-        instances.append(_instance(blocks[b], embeddings[group], rewards[group], k, coverage, *sides, generator))
-    chosen = _choose(instances, strategy, k, time_limit, impl)
-    return _stack(instances, chosen, positives, k)
+    num_groups = len(offsets) - 1
+    problem = _Problem(
+        points=embeddings.detach().cpu(),
+        rewards=rewards.detach().cpu().double(),
+        valid=_mask("valid", valid, n),
+        positive_ok=_mask("positive_ok", positive_ok, n),
+        offsets=offsets,
+        keys=_keys(keys, num_groups),
+        k=k,
+        positives=positives,
+        strategy=strategy,
+        covers_positives=coverage == "all",
+        tie_tol=tie_tol,
+        seed=seed,
+        time_limit=time_limit,
+    )
+    check_finite("rewards", problem.rewards[problem.valid])
+    check_finite("embeddings", problem.points[problem.valid])
+    chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
+    return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """The checked arguments of select_responses, on the CPU."""
+
+    points: torch.Tensor
+    rewards: torch.Tensor
+    valid: torch.Tensor
+    positive_ok: torch.Tensor
+    offsets: torch.Tensor
+    keys: torch.Tensor
+    k: int
+    positives: int
+    strategy: str
+    covers_positives: bool
+    tie_tol: float | None
+    seed: int
+    time_limit: float | None
 
 
 def resolve_impl(impl: str) -> str:
-    """Which path runs, "cpp" or "torch": auto takes cpp where the extension is built, else torch, and says so once.
-
-    Raises ValueError for "cpp" without the extension.
-    """
+    """"cpp" or "torch". auto: cpp where the extension is built, else torch, said once. ValueError for "cpp" without it."""
     _check_choice("impl", impl, ("auto", "torch", "cpp"))
     if impl == "cpp" and _C is None:
-        raise ValueError(
-            'impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)'
-        )
-    if impl == "auto" and _C is None:
-        _log_torch_once()
+        raise ValueError('impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)')
+    if impl == "auto":
+        _log_choice_once()
     return "torch" if impl == "torch" or _C is None else "cpp"
 
 
 @functools.cache
-def _log_torch_once() -> None:
-    log.warning("the compiled selector is not built; selection runs in torch, slower")
-
-
-def _distance_blocks(embeddings: torch.Tensor, offsets: torch.Tensor, impl: str) -> list[torch.Tensor]:
-    """One [N, N] matrix a group."""
-    sizes = offsets.diff().tolist()
-    if impl == "torch" or embeddings.dtype == torch.float64:
-        return [reference.distances(points) for points in embeddings.split(sizes)]
-    flat = torch.from_numpy(_C.pairwise(embeddings.float().numpy(), offsets.numpy()))
-    return [block.view(n, n) for block, n in zip(flat.split([n * n for n in sizes]), sizes, strict=True)]
-
-
-def _instance(
-    distance_NN: torch.Tensor,
-    point_NE: torch.Tensor,
-    reward_N: torch.Tensor,
-    k: int,
-    coverage: str,
-    chosen_positives: list[int],
-    eligible: list[int],
-    counted: list[int],
-    generator: torch.Generator,
-) -> reference.Instance | None:
-    """The group's problem; None where it has no positive or no negative."""
-    if not chosen_positives or not eligible:
-        return None
-    weight_N = torch.zeros_like(reward_N)
-    weight_N[counted] = (reward_N[counted].mean() - reward_N[counted]).exp()
-    clients = counted if coverage == "all" else [i for i in counted if i not in chosen_positives]
-    return reference.Instance(
-        distance_NN=distance_NN.double(),
-        point_NE=point_NE,
-        reward_N=reward_N,
-        eligible=tuple(eligible),
-        clients=tuple(clients),
-        weight_N=weight_N,
-        positives=tuple(chosen_positives),
-        k=min(k, len(eligible)),
-        generator=generator,
-    )
-
-
-def _choose(
-    instances: Sequence[reference.Instance | None], strategy: str, k: int, time_limit: float | None, impl: str
-) -> list[tuple[list[int], float, bool]]:
-    """(negatives, lower bound, proven) of each group."""
-    live = [instance for instance in instances if instance is not None]
-    if strategy == "opt_select_exact":
-        found = [reference.opt_select_exact(instance, time_limit) for instance in live]
-    elif strategy == "opt_select" and impl == "cpp":
-        found = [(chosen, i.lower_bound(), False) for chosen, i in zip(_swap_all(live, k), live, strict=True)]
+def _log_choice_once() -> None:
+    if _C is None:
+        log.warning("the compiled selector is not built; selection runs in torch, slower")
     else:
-        found = [(_BY_NAME[strategy](instance), instance.lower_bound(), False) for instance in live]
-    rest = iter(found)
-    return [([], math.nan, False) if instance is None else next(rest) for instance in instances]
+        log.info("selection runs compiled, vector unit: %s", _C.vector_path())
 
 
-def _swap_all(instances: Sequence[reference.Instance], k: int) -> list[list[int]]:
-    """opt_select of all groups at once: the reference's starts, the compiled swaps."""
-    if not instances:
-        return []
-    starts = [reference.opt_start(instance) for instance in instances]
-    padded = np.array([start + [-1] * (k - len(start)) for start in starts], dtype=np.int64)
-    sizes = [len(instance.reward_N) for instance in instances]
-    eligible = [np.isin(np.arange(n), instance.eligible) for n, instance in zip(sizes, instances, strict=True)]
-    weights = [np.zeros(n) for n in sizes]
-    for weight, instance in zip(weights, instances, strict=True):
-        weight[list(instance.clients)] = instance.weight_N[list(instance.clients)].numpy()
-    chosen, _ = _C.kmedoids_swap(
-        np.concatenate([instance.distance_NN.float().numpy().ravel() for instance in instances]),
-        np.concatenate(weights),
-        np.concatenate(eligible),
-        np.cumsum([0, *sizes]),
-        padded,
+def _select_cpp(problem: _Problem) -> Selection:
+    positive, negative, cost, lower_bound, proven = _C.select(
+        _as_numpy(problem.points),
+        problem.rewards.numpy(),
+        problem.valid.numpy(),
+        problem.positive_ok.numpy(),
+        problem.offsets.numpy(),
+        problem.keys.numpy(),
+        STRATEGIES.index(problem.strategy),
+        problem.k,
+        problem.positives,
+        problem.covers_positives,
+        math.nan if problem.tie_tol is None else problem.tie_tol,
+        problem.seed & 0xFFFFFFFFFFFFFFFF,
+        math.inf if problem.time_limit is None else problem.time_limit,
     )
-    return [[i for i in row if i >= 0] for row in chosen.tolist()]
+    as_tensor = torch.from_numpy
+    return Selection(
+        as_tensor(positive), as_tensor(negative), as_tensor(cost), as_tensor(lower_bound), as_tensor(proven).bool()
+    )
+
+
+def _as_numpy(points: torch.Tensor) -> np.ndarray:
+    """float32 and float64 without a copy, bfloat16 as the uint16 of its bits, anything else as float32."""
+    points = points.contiguous()
+    if points.dtype == torch.bfloat16:
+        return points.view(torch.int16).numpy().view(np.uint16)
+    return (points if points.dtype in (torch.float32, torch.float64) else points.float()).numpy()
+
+
+def _select_torch(problem: _Problem) -> Selection:
+    num_groups = len(problem.keys)
+    positive = torch.full((num_groups, problem.positives), -1)
+    negative = torch.full((num_groups, problem.k), -1)
+    cost = torch.full((num_groups,), math.nan, dtype=torch.float64)
+    lower_bound, proven = cost.clone(), torch.zeros(num_groups, dtype=torch.bool)
+    for b in range(num_groups):
+        instance = _instance(problem, b)
+        if instance is None:
+            continue
+        chosen, is_optimal = _choose(instance, problem)
+        positive[b, : len(instance.positives)] = torch.tensor(instance.positives)
+        negative[b, : len(chosen)] = torch.tensor(sorted(chosen))
+        cost[b] = instance.cost(chosen)
+        # Single swaps end within 5 x the optimum; other strategies promise nothing.
+        is_local = problem.strategy.startswith("opt_select")
+        lower_bound[b] = cost[b] if is_optimal else cost[b] / 5 if is_local else 0.0
+        proven[b] = lower_bound[b] >= cost[b]
+    return Selection(positive, negative, cost, lower_bound, proven)
+
+
+def _instance(problem: _Problem, b: int) -> reference.Instance | None:
+    """Group b's problem; None where it has no positive or no negative."""
+    group = slice(int(problem.offsets[b]), int(problem.offsets[b + 1]))
+    reward_N = problem.rewards[group]
+    sides = _sides(reward_N, problem.valid[group], problem.positive_ok[group], problem.positives, problem.tie_tol)
+    positives, eligible, valid = sides
+    if not positives or not eligible:
+        return None
+    return reference.Instance(
+        point_NE=problem.points[group],
+        reward_N=reward_N,
+        positives=tuple(positives),
+        eligible=tuple(eligible),
+        clients=tuple(i for i in valid if problem.covers_positives or i not in positives),
+        valid=tuple(valid),
+        k=min(problem.k, len(eligible)),
+        seed=problem.seed,
+        key=int(problem.keys[b]),
+    )
+
+
+def _choose(instance: reference.Instance, problem: _Problem) -> tuple[list[int], bool]:
+    """(negatives, whether they are known to be the cheapest)."""
+    if instance.k == len(instance.eligible):
+        return list(instance.eligible), True
+    if problem.strategy == "opt_select_exact":
+        return reference.opt_select_exact(instance, problem.time_limit)
+    return _BY_NAME[problem.strategy](instance), False
 
 
 _BY_NAME = {
@@ -224,48 +254,29 @@ def _sides(
     return chosen, eligible, counted
 
 
-def _stack(
-    instances: Sequence[reference.Instance | None],
-    chosen: Sequence[tuple[list[int], float, bool]],
-    positives: int,
-    k: int,
-) -> Selection:
-    def table(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-        filled = [[*values, *[-1] * (width - len(values))] for values in lists]
-        return torch.tensor(filled, dtype=torch.int64).reshape(len(lists), width)
-
-    costs = [math.nan if i is None else i.cost(row[0]) for i, row in zip(instances, chosen, strict=True)]
-    return Selection(
-        positive=table([() if instance is None else instance.positives for instance in instances], positives),
-        negative=table([row[0] for row in chosen], k),
-        cost=torch.tensor(costs),
-        lower_bound=torch.tensor([row[1] for row in chosen]),
-        proven=torch.tensor([row[2] for row in chosen], dtype=torch.bool),
-    )
-
-
 def pairwise_distances(
     points: torch.Tensor, *, metric: str = "euclidean", group_offsets: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
     """All distances between points [n, E] -> [n, n] float32 (float64 for float64), zeros on the diagonal.
 
-    metric: "euclidean", "sqeuclidean", or "cosine" (1 - cos). With group_offsets [B + 1]: one [N, N] block per group,
-    flattened and concatenated. Raises ValueError for NaN, shapes that do not fit, an unknown metric.
+    metric: "euclidean", "sqeuclidean", or "cosine" (1 - cos; a row of zeros is at 1 from all others). With group_offsets
+    [B + 1]: one [N, N] block per group, flattened and concatenated. Raises ValueError for NaN, shapes that do not fit, an
+    unknown metric, more entries than memory holds.
     """
-    impl = resolve_impl(impl) if metric == "euclidean" else "torch"
+    impl = resolve_impl(impl)
     _check_choice("metric", metric, _METRICS)
     if points.ndim != 2:
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
     n = points.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
-    if metric == "euclidean":
-        blocks = _distance_blocks(points.detach().cpu(), offsets, impl)
+    on_cpu = points.detach().cpu()
+    if impl == "cpp":
+        flat = torch.from_numpy(_C.pairwise(_as_numpy(on_cpu), offsets.numpy(), _METRICS.index(metric)))
     else:
-        blocks = [reference.distances(part, metric) for part in points.detach().cpu().split(offsets.diff().tolist())]
-    if group_offsets is None:
-        return blocks[0]
-    return torch.cat([block.flatten() for block in blocks]) if blocks else points.new_empty(0)
+        flat = torch.cat([reference.distances(p, metric).flatten() for p in on_cpu.split(offsets.diff().tolist())])
+    flat = flat.to(points.device)
+    return flat.view(n, n) if group_offsets is None else flat
 
 
 def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None, impl: str = "auto") -> torch.Tensor:
@@ -274,30 +285,19 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     Without seeds it starts from point 0. Ties go to the lowest index. Streams over the points: no n x n matrix.
     Raises ValueError for k outside 1 .. n, seeds out of range, repeated or more than k, and NaN.
     """
-    _check_choice("impl", impl, ("auto", "torch"))
-    n = points.shape[0]
-    chosen = list(dict.fromkeys([0] if seeds is None else [int(seed) for seed in seeds]))
-    if points.ndim != 2 or not 1 <= k <= n:
+    impl = resolve_impl(impl)
+    if points.ndim != 2 or not 1 <= k <= points.shape[0]:
         raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
-    if (
-        not all(0 <= seed < n for seed in chosen)
-        or len(chosen) > k
-        or (seeds is not None and len(chosen) != len(seeds))
-    ):
-        raise ValueError(f"seeds = {list(seeds or [])} must be distinct indices below {n}, at most k = {k}")
+    n = points.shape[0]
+    first = [int(seed) for seed in seeds] if seeds is not None and len(seeds) else [0]
+    if not all(0 <= seed < n for seed in first) or len(set(first)) != len(first) or len(first) > k:
+        raise ValueError(f"seeds = {first} must be distinct indices below {n}, at most k = {k}")
     check_finite("points", points)
-    nearest = torch.full((n,), math.inf, dtype=torch.float64 if points.dtype == torch.float64 else torch.float32)
-    for i, index in enumerate(_k_center_order(chosen, k)):
-        pick = index if index is not None else int(nearest.argmax())
-        if i >= len(chosen):
-            chosen.append(pick)
-        nearest = torch.minimum(nearest, (points - points[pick]).to(nearest.dtype).square().sum(1))
-        nearest[pick] = -1.0
-    return torch.tensor(chosen)
-
-
-def _k_center_order(seeds: Sequence[int], k: int) -> list[int | None]:
-    return [*seeds, *[None] * (k - len(seeds))]
+    on_cpu = points.detach().cpu()
+    if impl == "cpp":
+        return torch.from_numpy(_C.k_center(_as_numpy(on_cpu), k, first)).to(points.device)
+    rest = [i for i in range(n) if i not in set(first)]
+    return torch.tensor(first + reference.farthest_first(on_cpu, k - len(first), first, rest), device=points.device)
 
 
 def k_medoids(
@@ -310,10 +310,10 @@ def k_medoids(
 ) -> tuple[torch.Tensor, float]:
     """Weighted k-medoids: k indices (the fixed ones included) with low sum_i w_i min_j d_ij -> (indices ascending, cost).
 
-    Single swaps to a local optimum (<= 5 x the optimum; Arya et al. 2004). Raises ValueError for shapes that do not fit,
-    k outside 1 .. n, fixed members out of range, negative weights or NaN.
+    A greedy start, then single swaps to a local optimum (<= 5 x the optimum for a metric; Arya et al. 2004). Raises
+    ValueError for shapes that do not fit, k outside 1 .. n, fixed members out of range, negative entries or NaN.
     """
-    _check_choice("impl", impl, ("auto", "torch"))
+    impl = resolve_impl(impl)
     n = distances.shape[0]
     kept = [int(i) for i in fixed or ()]
     if distances.shape != (n, n) or not 1 <= k <= n:
@@ -322,24 +322,26 @@ def k_medoids(
         raise ValueError(f"fixed = {kept} must be distinct indices below {n}, at most k = {k}")
     check_finite("distances", distances)
     weight_N = torch.ones(n, dtype=torch.float64) if weights is None else weights.detach().cpu().double()
-    if weight_N.shape != (n,) or bool((weight_N < 0).any()):
-        raise ValueError(f"weights must be {n} numbers >= 0")
-    weighted_NN = weight_N[:, None] * distances.detach().cpu().double()
-    free = [i for i in range(n) if i not in kept]
-    chosen = kept + reference.farthest_first(distances.detach().cpu(), k - len(kept), kept, free)
-    cost = float(weighted_NN[:, chosen].amin(1).sum())
-    while True:
-        swaps = [
-            (float(weighted_NN[:, candidate].amin(1).sum()), candidate)
-            for out in chosen
-            if out not in kept
-            for new in free
-            if new not in chosen
-            for candidate in [sorted([*(i for i in chosen if i != out), new])]
-        ]
-        if not swaps or min(swaps)[0] >= cost - 1e-12 * max(cost, 1.0):
-            return torch.tensor(sorted(chosen)), cost
-        cost, chosen = min(swaps)
+    if weight_N.shape != (n,) or not bool((weight_N >= 0).all()) or not bool(weight_N.isfinite().all()):
+        raise ValueError(f"weights must be {n} finite numbers >= 0")
+    # Row j holds what it costs member j to serve every point.
+    weighted_NN = weight_N * distances.detach().cpu().double().T
+    if bool((weighted_NN < 0).any()):
+        raise ValueError("distances holds a negative entry; k-medoids needs distances >= 0")
+    if impl == "cpp":
+        chosen = _C.k_medoids(weighted_NN.numpy(), k, kept)
+    else:
+        rounded_NN, _ = reference.round_costs(weighted_NN, n * (k + 1))
+        chosen = reference.swap(rounded_NN, reference.greedy(rounded_NN, k, kept), len(kept))
+    return torch.tensor(sorted(chosen), device=distances.device), float(weighted_NN[chosen].amin(0).sum())
+
+
+def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
+    if keys is None:
+        return torch.arange(num_groups)
+    if keys.shape != (num_groups,) or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be int64 [{num_groups}], got {keys.dtype} {tuple(keys.shape)}")
+    return keys.detach().cpu()
 
 
 def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
@@ -348,13 +350,6 @@ def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
     if mask.shape != (n,):
         raise ValueError(f"{name} must have shape [{n}], got {tuple(mask.shape)}")
     return mask.detach().cpu().bool()
-
-
-def _group_seed(seed: int, key: int) -> int:
-    # A fixed mix (splitmix64's), not hash(): the same in every process and version.
-    mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    mixed ^= mixed >> 31
-    return mixed >> 1
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

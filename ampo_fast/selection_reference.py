@@ -1,6 +1,8 @@
 """Subset selection for one group, in plain torch: the definition of correct, and the path that always runs.
 
-Shapes: N candidates, K chosen, E embedding. Distances are [N, N]; indices are Python ints, ascending.
+Shapes: N candidates, F eligible candidates (facilities), C covered candidates (clients), E embedding. Indices are ints.
+Costs are rounded to integers held in float64 (`round_costs`), so that sums are exact in any order and every path, thread
+count and machine decides alike; the compiled selector makes the same choices from the same distances.
 """
 
 from __future__ import annotations
@@ -8,176 +10,245 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+_MASK = (1 << 64) - 1
+_RANDOM_STRATEGY, _KMEANS_START = 1, 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """One group's problem: choose K of `eligible` to cover `clients`, weighted."""
+    """One group's problem: choose k of `eligible` to cover `clients`, weighted by exp(mean reward - reward)."""
 
-    distance_NN: torch.Tensor
     point_NE: torch.Tensor
     reward_N: torch.Tensor
+    """[N] float64"""
+    positives: tuple[int, ...]
     eligible: tuple[int, ...]
     clients: tuple[int, ...]
-    weight_N: torch.Tensor
-    positives: tuple[int, ...]
+    valid: tuple[int, ...]
     k: int
-    generator: torch.Generator
+    seed: int
+    key: int
 
     def cost(self, chosen: Sequence[int]) -> float:
-        """sum over clients of w_i min_{j in chosen} d_ij (AMPO, arXiv 2502.18293, OptSelect)."""
-        if not chosen:
-            return math.nan
-        nearest = self.distance_NN[list(self.clients)][:, list(chosen)].amin(1)
-        return float((self.weight_N[list(self.clients)] * nearest).sum())
+        """sum over clients of w_i min_{j in chosen} ||e_i - e_j|| (AMPO, arXiv 2502.18293, OptSelect)."""
+        distance_CK = distances(self.point_NE)[list(self.clients)][:, list(chosen)].double()
+        return float((torch.tensor(self.weights()) * distance_CK.amin(1)).sum()) * self.shift()
 
-    def lower_bound(self) -> float:
-        """The cost if every eligible candidate could be chosen: no K of them can do better."""
-        return self.cost(self.eligible)
+    def weights(self) -> list[float]:
+        """exp(lowest reward - reward) of the clients: cannot overflow, and decides alone."""
+        lowest = min(float(self.reward_N[i]) for i in self.valid)
+        return [math.exp(lowest - float(self.reward_N[i])) for i in self.clients]
+
+    def shift(self) -> float:
+        """What those weights lack: exp(mean reward - lowest reward)."""
+        rewards = [float(self.reward_N[i]) for i in self.valid]
+        mean_over_lowest = sum(rewards) / len(rewards) - min(rewards)
+        return math.exp(mean_over_lowest) if mean_over_lowest < 709.0 else math.inf
+
+    def by_reward(self, indices: Sequence[int]) -> list[int]:
+        return sorted(indices, key=lambda i: (float(self.reward_N[i]), i))
 
 
 def distances(point_NE: torch.Tensor, metric: str = "euclidean") -> torch.Tensor:
     """[N, E] -> [N, N]; differences before squares, so near-duplicates keep their digits and the diagonal is 0."""
     point_NE = point_NE if point_NE.dtype == torch.float64 else point_NE.float()
     if metric == "cosine":
+        is_zero_N = (point_NE == 0).all(1)
         unit_NE = torch.nn.functional.normalize(point_NE, dim=1)
-        return 0.5 * torch.cdist(unit_NE, unit_NE, compute_mode="donot_use_mm_for_euclid_dist").square()
+        half_NN = 0.5 * torch.cdist(unit_NE, unit_NE, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return half_NN.masked_fill(is_zero_N[:, None] != is_zero_N[None], 1.0)
     distance_NN = torch.cdist(point_NE, point_NE, compute_mode="donot_use_mm_for_euclid_dist")
     return distance_NN.square() if metric == "sqeuclidean" else distance_NN
 
 
+# --- exact arithmetic and keyed randomness -----------------------------------------------------------------------------
+
+
+def round_costs(cost: torch.Tensor, terms: int) -> tuple[torch.Tensor, float]:
+    """(rint(cost * scale), scale): scale the power of two that keeps sums of `terms` costs below 2^52, so exact."""
+    largest = float(cost.max()) if cost.numel() else 0.0
+    if largest <= 0.0:
+        return cost.clone(), 1.0
+    scale = math.ldexp(1.0, min(1000, 51 - math.frexp(largest)[1] - math.frexp(float(terms))[1]))
+    return (cost * scale).round(), scale
+
+
+def _mix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def keyed_bits(seed: int, key: int, stream: int) -> Callable[[int], int]:
+    """Counter-based random 64-bit numbers: a pure function of its arguments (splitmix64's finaliser)."""
+    state = _mix64(_mix64(_mix64(seed & _MASK) ^ (key & _MASK)) ^ stream)
+    return lambda index: _mix64(state ^ _mix64(index))
+
+
+# --- strategies --------------------------------------------------------------------------------------------------------
+
+
 def bottom_k(instance: Instance) -> list[int]:
     """The k lowest rewards; equal ones by lowest index."""
-    return sorted(_by_reward(instance, instance.eligible)[: instance.k])
-
-
-def _by_reward(instance: Instance, indices: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda i: (float(instance.reward_N[i]), i))
+    return instance.by_reward(instance.eligible)[: instance.k]
 
 
 def random_subset(instance: Instance) -> list[int]:
-    order = torch.randperm(len(instance.eligible), generator=instance.generator).tolist()
-    return sorted(instance.eligible[i] for i in order[: instance.k])
+    bits = keyed_bits(instance.seed, instance.key, _RANDOM_STRATEGY)
+    return sorted(instance.eligible, key=lambda i: (bits(i), i))[: instance.k]
 
 
-def farthest_first(distance_NN: torch.Tensor, k: int, seeds: Sequence[int], eligible: Sequence[int]) -> list[int]:
+def farthest_first(point_NE: torch.Tensor, k: int, covered: Sequence[int], eligible: Sequence[int]) -> list[int]:
     """Greedy k-center (Gonzalez 1985): k times the eligible point farthest from all so far, ties to the lowest index.
 
-    Without seeds the first pick is the first eligible point. Seeds cover but are not returned; a point at distance 0 of
-    a chosen one comes only after all others.
+    `covered` points are not returned; where there are none the first pick is the first eligible point. Streams over the
+    points: no N x N matrix.
     """
-    left = torch.zeros(distance_NN.shape[0], dtype=torch.bool)
-    left[list(eligible)] = True
-    nearest = torch.full((distance_NN.shape[0],), math.inf, dtype=distance_NN.dtype)
-    for seed in seeds:
-        nearest = torch.minimum(nearest, distance_NN[seed])
-        left[seed] = False
+    point_NE = point_NE if point_NE.dtype == torch.float64 else point_NE.float()
+    left_N = torch.zeros(len(point_NE), dtype=torch.bool)
+    left_N[list(eligible)] = True
+    nearest_N = torch.full((len(point_NE),), math.inf, dtype=point_NE.dtype)
+    for i in covered:
+        nearest_N = torch.minimum(nearest_N, (point_NE - point_NE[i]).square().sum(1))
     chosen: list[int] = []
-    while len(chosen) < k and bool(left.any()):
-        pick = int(nearest.masked_fill(~left, -1.0).argmax())
+    while len(chosen) < k:
+        pick = int(nearest_N.masked_fill(~left_N, -1.0).argmax())
         chosen.append(pick)
-        left[pick] = False
-        nearest = torch.minimum(nearest, distance_NN[pick])
+        left_N[pick] = False
+        nearest_N = torch.minimum(nearest_N, (point_NE - point_NE[pick]).square().sum(1))
     return chosen
 
 
 def k_center(instance: Instance) -> list[int]:
     """Farthest first from the positives, which are covered points and not returned."""
-    return sorted(farthest_first(instance.distance_NN, instance.k, instance.positives, instance.eligible))
+    return farthest_first(instance.point_NE, instance.k, instance.positives, instance.eligible)
 
 
 def coreset(instance: Instance) -> list[int]:
-    """k-means (k-means++ start) on the eligible candidates, then the lowest reward of each cluster (AMPO-Coreset).
+    """k-means on the eligible candidates, then the lowest reward of each cluster (AMPO-Coreset); filled by lowest reward."""
+    eligible = list(instance.eligible)
+    squared_FF = distances(instance.point_NE[eligible], "sqeuclidean").double()
+    label = k_means(squared_FF, instance.k, keyed_bits(instance.seed, instance.key, _KMEANS_START))
+    members = {cluster: [eligible[i] for i, c in enumerate(label) if c == cluster] for cluster in set(label)}
+    chosen = [instance.by_reward(group)[0] for group in members.values()]
+    rest = [i for i in instance.by_reward(eligible) if i not in chosen]
+    return chosen + rest[: instance.k - len(chosen)]
 
-    Clusters of equal points count once; fewer than k distinct points are filled up by lowest reward.
+
+def k_means(squared_FF: torch.Tensor, k: int, bits: Callable[[int], int], max_rounds: int = 100) -> list[int]:
+    """Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007), from squared distances alone.
+
+    ||x - mean(C)||^2 = sum_{j in C} d2(x, j) / |C| - sum_{j, l in C} d2(j, l) / (2 |C|^2). An empty cluster takes the point
+    farthest from its own mean. Fewer clusters than k where there are fewer distinct points.
     """
-    points = instance.point_NE[list(instance.eligible)].double()
-    num_clusters = min(instance.k, len(torch.unique(points, dim=0)))
-    label = _k_means(points, num_clusters, instance.generator)
-    chosen = []
-    for cluster in range(num_clusters):
-        members = [instance.eligible[i] for i in (label == cluster).nonzero()[:, 0].tolist()]
-        chosen += _by_reward(instance, members)[:1]
-    rest = [i for i in _by_reward(instance, instance.eligible) if i not in chosen]
-    return sorted(chosen + rest[: instance.k - len(chosen)])
-
-
-def _k_means(points: torch.Tensor, k: int, generator: torch.Generator, max_iterations: int = 100) -> torch.Tensor:
-    """Lloyd's algorithm from a k-means++ start; an empty cluster takes the point farthest from its centre."""
-    centers = points[_k_means_plus_plus(points, k, generator)].clone()
-    label = torch.full((len(points),), -1)
-    for _ in range(max_iterations):
-        distance = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")
-        new_label = distance.argmin(1)
-        own = distance.gather(1, new_label[:, None])[:, 0]
-        for cluster in range(k):
-            if not bool((new_label == cluster).any()):
-                crowded = torch.bincount(new_label, minlength=k)[new_label] > 1
-                moved = int(own.masked_fill(~crowded, -1.0).argmax())
-                new_label[moved] = cluster
-                own[moved] = 0.0
-        if torch.equal(new_label, label):
+    squared_FF, _ = round_costs(squared_FF, len(squared_FF) ** 2)
+    centers = _plus_plus_start(squared_FF, k, bits)
+    label = _assign(squared_FF[centers].T)
+    for _ in range(max_rounds):
+        member_FK = torch.nn.functional.one_hot(torch.tensor(label), len(centers)).double()
+        size_K, summed_FK = member_FK.sum(0), squared_FF @ member_FK
+        within_K = (summed_FK * member_FK).sum(0)
+        previous, label = label, _assign(summed_FK / size_K - within_K / (2.0 * size_K * size_K))
+        if label == previous:
             break
-        label = new_label
-        centers = torch.stack([points[label == cluster].mean(0) for cluster in range(k)])
     return label
 
 
-def _k_means_plus_plus(points: torch.Tensor, k: int, generator: torch.Generator) -> list[int]:
-    first = int(torch.randint(len(points), (1,), generator=generator))
-    chosen = [first]
-    squared = (points - points[first]).square().sum(1)
-    while len(chosen) < k:
-        threshold = torch.rand(1, generator=generator, dtype=torch.float64) * squared.sum()
-        pick = int((squared.cumsum(0) > threshold).int().argmax())
-        chosen.append(pick)
-        squared = torch.minimum(squared, (points - points[pick]).square().sum(1))
-    return chosen
+def _plus_plus_start(squared_FF: torch.Tensor, k: int, bits: Callable[[int], int]) -> list[int]:
+    def uniform(index: int) -> float:
+        return (bits(index) >> 11) * 2.0**-53
+
+    centers = [int(uniform(0) * len(squared_FF))]
+    nearest_F = squared_FF[centers[0]]
+    while len(centers) < k and float(nearest_F.sum()) > 0.0:
+        above = (nearest_F.cumsum(0) > uniform(len(centers)) * float(nearest_F.sum())).nonzero()
+        centers.append(int(above[0]) if len(above) else int(nearest_F.nonzero()[-1]))
+        nearest_F = torch.minimum(nearest_F, squared_FF[centers[-1]])
+    return centers
+
+
+def _assign(distance_FK: torch.Tensor) -> list[int]:
+    label = [row.index(min(row)) for row in distance_FK.tolist()]
+    own = [float(distance_FK[i, c]) for i, c in enumerate(label)]
+    for cluster in range(distance_FK.shape[1]):
+        if cluster not in label:
+            crowded = [i for i, c in enumerate(label) if label.count(c) > 1]
+            label[max(crowded, key=lambda i: (own[i], -i))] = cluster
+    return label
+
+
+def covering_costs(instance: Instance) -> tuple[torch.Tensor, float]:
+    """(cost_FC, scale): what it takes each eligible candidate to cover each client, rounded."""
+    distance_NN = distances(instance.point_NE).double()
+    distance_FC = distance_NN[list(instance.eligible)][:, list(instance.clients)]
+    return round_costs(torch.tensor(instance.weights()) * distance_FC, len(instance.clients) * (instance.k + 1))
 
 
 def opt_select(instance: Instance) -> list[int]:
-    """Weighted k-medoids by single swaps to a local optimum, from the better of the k-center and bottom-k starts.
+    """Weighted k-medoids by single swaps, from a greedy and a bottom-k start; the cheaper local optimum, greedy's if equal.
 
-    At most 5 x the optimum (Arya et al. 2004, single-swap k-median). The best swap is taken each time; ties to the
-    lowest (out, in) pair.
+    At most 5 x the optimum (Arya et al. 2004).
     """
-    chosen = opt_start(instance)
-    cost = instance.cost(chosen)
-    while True:
-        swaps = [
-            (instance.cost(candidate), candidate)
-            for out in chosen
-            for new in instance.eligible
-            if new not in chosen
-            for candidate in [sorted([*(i for i in chosen if i != out), new])]
-        ]
-        if not swaps or min(swaps)[0] >= cost - 1e-12 * max(cost, 1.0):
-            return chosen
-        cost, chosen = min(swaps)
+    cost_FC, _ = covering_costs(instance)
+    low = [instance.eligible.index(i) for i in bottom_k(instance)]
+    ends = [swap(cost_FC, start) for start in (greedy(cost_FC, instance.k), low)]
+    return [instance.eligible[f] for f in min(ends, key=lambda rows: covered_cost(cost_FC, rows))]
 
 
-def opt_start(instance: Instance) -> list[int]:
-    """The cheaper of the k-center and the bottom-k choice."""
-    starts = [k_center(instance), bottom_k(instance)]
-    return min(starts, key=lambda start: (instance.cost(start), start))
+def covered_cost(cost_FC: torch.Tensor, rows: Sequence[int]) -> float:
+    return float(cost_FC[list(rows)].amin(0).sum())
 
 
-def opt_select_exact(instance: Instance, time_limit: float | None, block: int = 4096) -> tuple[list[int], float, bool]:
-    """Every subset, in blocks, until done or out of time -> (best, lower bound, proven). The first of equal optima wins."""
+def greedy(cost_FC: torch.Tensor, k: int, fixed: Sequence[int] = ()) -> list[int]:
+    """Adds the row that lowers the cost most, ties to the lowest (BUILD of Kaufman & Rousseeuw 1990)."""
+    chosen = list(fixed)
+    while len(chosen) < k:
+        left = [f for f in range(len(cost_FC)) if f not in chosen]
+        chosen.append(min(left, key=lambda f: (covered_cost(cost_FC, [*chosen, f]), f)))
+    return chosen
+
+
+def swap(cost_FC: torch.Tensor, chosen: Sequence[int], num_fixed: int = 0) -> list[int]:
+    """Swaps, eagerly and in index order, until no single swap lowers the cost (Schubert & Rousseeuw 2021).
+
+    For each row that may come in the cheapest removal is taken, ties to the lowest row; the first num_fixed stay.
+    """
+    chosen = list(chosen)
+    cost, candidate, without_swap = covered_cost(cost_FC, chosen), 0, 0
+    while without_swap < len(cost_FC) and len(chosen) > num_fixed:
+        without_swap += 1
+        if candidate not in chosen:
+            options = [
+                (covered_cost(cost_FC, [*chosen[:s], candidate, *chosen[s + 1 :]]), chosen[s], s)
+                for s in range(num_fixed, len(chosen))
+            ]
+            best_cost, _, slot = min(options)
+            if best_cost < cost:
+                cost, chosen[slot], without_swap = best_cost, candidate, 0
+        candidate = (candidate + 1) % len(cost_FC)
+    return chosen
+
+
+def opt_select_exact(instance: Instance, time_limit: float | None, block: int = 4096) -> tuple[list[int], bool]:
+    """Every subset, in blocks, until done or out of time -> (best, proven). Among equal optima the first found stays."""
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    best = opt_select(instance)
-    best_cost = instance.cost(best)
-    subsets = itertools.combinations(instance.eligible, min(instance.k, len(instance.eligible)))
-    weighted = instance.weight_N[list(instance.clients), None] * instance.distance_NN[list(instance.clients)]
+    cost_FC, _ = covering_costs(instance)
+    best = [instance.eligible.index(i) for i in opt_select(instance)]
+    best_cost = covered_cost(cost_FC, best)
+    subsets = itertools.combinations(range(len(cost_FC)), instance.k)
+    proven = True
     while rows := list(itertools.islice(subsets, block)):
-        cost_S = weighted[:, torch.tensor(rows)].amin(2).sum(0)
+        cost_S = cost_FC[torch.tensor(rows)].amin(1).sum(1)
         at = int(cost_S.argmin())
-        if float(cost_S[at]) < best_cost - 1e-12 * max(best_cost, 1.0):
+        if float(cost_S[at]) < best_cost:
             best, best_cost = list(rows[at]), float(cost_S[at])
         if time.monotonic() > deadline:
-            return best, instance.lower_bound(), False
-    return best, best_cost, True
+            proven = False
+            break
+    return [instance.eligible[f] for f in best], proven

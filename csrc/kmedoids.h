@@ -1,21 +1,34 @@
-// Weighted k-medoids by single swaps, for many small groups at once.
+// Weighted k-medoids (k-median over a finite set) of one Coverage problem: a greedy start, single swaps to a local optimum,
+// and the proven optimum. Facilities are indices into the problem; `fixed` ones are always chosen.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "coverage.h"
 
 namespace ampo {
 
-// Lowers cost = sum_i weight_i * min_{j in chosen} distance_ij by single swaps (one chosen out, one eligible in) until
-// none lowers it by more than 1e-12 of itself: at most 5 x the optimum (Arya et al. 2004). The best swap is taken each
-// time; equal ones go to the lowest resulting index set.
-//
-// distances [sum N * N] float32: one [N, N] block a group, the blocks one after the other
-// weights   [n] float64; 0 for a point that is no client
-// eligible  [n] uint8: may be chosen
-// offsets   [num_groups + 1] int64
-// chosen    [num_groups, k] int64 in and out: start, then result; local indices ascending, -1 after the last one
-// cost      [num_groups] float64 out; NaN where nothing is chosen
-void kmedoids_swap_cpu(const float* distances, const double* weights, const uint8_t* eligible, const int64_t* offsets,
-                       int64_t num_groups, int64_t k, int64_t* chosen, double* cost);
+// Adds the facility that lowers the cost most until k are chosen (BUILD of Kaufman & Rousseeuw 1990), ties to the lowest
+// index. Gains only fall as facilities are added, so only the most promising ones are computed again.
+std::vector<int64_t> greedy_facilities(const Coverage& problem, int64_t k, const std::vector<int64_t>& fixed);
+
+// Swaps one chosen facility for another as long as that lowers the cost: at most 5 x the optimum (Arya et al. 2004).
+// Candidates come in index order and a swap is made at once (eager FasterPAM, Schubert & Rousseeuw 2021: one pass over the
+// clients gives the loss of all k removals); among removals the lowest cost, then the lowest facility, goes.
+// The first num_fixed entries of `chosen` stay. Returns the cost.
+double swap_facilities(const Coverage& problem, int64_t num_fixed, std::vector<int64_t>& chosen);
+
+struct ExactResult {
+  double lower_bound;  // no k facilities cost less; the cost of `chosen` where proven
+  bool proven;
+  int64_t num_nodes;
+};
+
+// Branch and bound with the Lagrangian bound of the relaxed assignment (Cornuejols, Fisher & Nemhauser 1977), from the
+// given choice of k, which it improves in place. Stops, with the bound reached, once is_late() says so.
+ExactResult best_facilities(const Coverage& problem, int64_t k, int64_t num_fixed, std::vector<int64_t>& chosen,
+                            const std::function<bool()>& is_late);
 
 }  // namespace ampo

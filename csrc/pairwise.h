@@ -1,16 +1,23 @@
-// Pairwise Euclidean distances of ragged groups of points.
+// All distances within each of many ragged groups of points.
 #pragma once
 
 #include <cstdint>
 
+#include "points.h"
+
 namespace ampo {
 
-// points  [n, dim] float32, row-major, the groups one after the other
-// offsets [num_groups + 1] int64, offsets[0] = 0, offsets[num_groups] = n
-// out     for each group one [N, N] float32 block, the blocks one after the other (sum of N * N entries)
+enum class Metric { kEuclidean, kSquared, kCosine };
+
+// offsets [num_groups + 1] int64, offsets[0] = 0, offsets[num_groups] = points.count
+// out     for each group one [N, N] block, the blocks one after the other: float32, or float64 for float64 points
 //
-// Differences are squared, not inner products subtracted: points 1e-4 apart at norm 100 keep their digits, the diagonal
-// is exactly 0, and the result is symmetric bit for bit. Sums run in float64; the order does not depend on the threads.
-void pairwise_cpu(const float* points, int64_t dim, const int64_t* offsets, int64_t num_groups, float* out);
+// Cosine is 1 - cos as half the squared distance of the unit rows, so near-duplicates keep their digits; a row of zeros
+// is at 1 from every other row and at 0 from other rows of zeros.
+void pairwise_cpu(const Points& points, Metric metric, const int64_t* offsets, int64_t num_groups, void* out);
+
+// The [N, N] block of rows given by pointers; the matrix is symmetric, its diagonal 0.
+template <typename T, typename Out>
+void pairwise_rows(const T* const* rows, int64_t count, int64_t dim, Metric metric, Out* out);
 
 }  // namespace ampo

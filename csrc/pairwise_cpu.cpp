@@ -1,52 +1,109 @@
 #include "pairwise.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
+
+#include "distance_kernels.h"
 
 namespace ampo {
 namespace {
 
-constexpr int kLanes = 8;  // independent accumulators: vectorises without reordering any sum between builds
+// A tile of rows meets a tile of columns while both lie in the first-level cache.
+constexpr int64_t kTile = 16;
 
-double squared_distance(const float* a, const float* b, int64_t dim) {
-  double lanes[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double difference = double(a[d + lane]) - double(b[d + lane]);
-      lanes[lane] += difference * difference;
-    }
-  }
-  for (; d < dim; ++d) {
-    const double difference = double(a[d]) - double(b[d]);
-    lanes[d % kLanes] += difference * difference;
-  }
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+template <typename T>
+T from_squared(T squared, Metric metric) {
+  return metric == Metric::kEuclidean ? std::sqrt(squared) : metric == Metric::kCosine ? squared / T(2) : squared;
 }
 
-void one_group(const float* points, int64_t dim, int64_t count, float* out) {
+template <typename T, typename Out>
+void one_tile(const T* const* rows, int64_t count, int64_t dim, Metric metric, int64_t i0, int64_t j0, Out* out) {
+  const SquaredBlock<T> kernel = squared_block<T>();
+  T squared[kMaxRows * kMaxCols];
+  const int64_t i1 = std::min(i0 + kTile, count), j1 = std::min(j0 + kTile, count);
+  for (int64_t i = i0; i < i1; i += kMaxRows) {
+    const int num_rows = int(std::min<int64_t>(kMaxRows, i1 - i));
+    // On the diagonal tile the columns left of the row are already there by symmetry.
+    for (int64_t j = i0 == j0 ? i : j0; j < j1; j += kMaxCols) {
+      const int num_cols = int(std::min<int64_t>(kMaxCols, j1 - j));
+      kernel(rows + i, num_rows, rows + j, num_cols, dim, squared);
+      for (int r = 0; r < num_rows; ++r) {
+        for (int c = 0; c < num_cols; ++c) {
+          const Out distance = Out(from_squared(squared[r * kMaxCols + c], metric));
+          out[(i + r) * count + j + c] = distance;
+          out[(j + c) * count + i + r] = distance;
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void make_unit(Rows<T>& rows, int64_t dim, std::vector<T>& unit, std::vector<uint8_t>& is_zero) {
+  const int64_t count = int64_t(rows.row.size());
+  unit.resize(count * dim);
+  is_zero.assign(count, 0);
   for (int64_t i = 0; i < count; ++i) {
-    out[i * count + i] = 0.0f;
-    for (int64_t j = i + 1; j < count; ++j) {
-      const float distance = float(std::sqrt(squared_distance(points + i * dim, points + j * dim, dim)));
-      out[i * count + j] = distance;
-      out[j * count + i] = distance;
+    double sum = 0.0;
+    for (int64_t d = 0; d < dim; ++d) sum += double(rows.row[i][d]) * double(rows.row[i][d]);
+    is_zero[i] = sum == 0.0;
+    const double scale = sum == 0.0 ? 0.0 : 1.0 / std::sqrt(sum);
+    for (int64_t d = 0; d < dim; ++d) unit[i * dim + d] = T(double(rows.row[i][d]) * scale);
+    rows.row[i] = unit.data() + i * dim;
+  }
+}
+
+template <typename T>
+void all_groups(const Points& points, Metric metric, const int64_t* offsets, int64_t num_groups, T* out) {
+  std::vector<int64_t> block(num_groups + 1, 0);
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const int64_t count = offsets[g + 1] - offsets[g];
+    block[g + 1] = block[g] + count * count;
+  }
+#pragma omp parallel if (num_groups > 1)
+  {
+    Rows<T> rows;
+    std::vector<T> unit;
+    std::vector<uint8_t> is_zero;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int64_t count = offsets[g + 1] - offsets[g];
+      rows.take(points, offsets[g], count);
+      if (metric == Metric::kCosine) make_unit(rows, points.dim, unit, is_zero);
+      T* target = out + block[g];
+      pairwise_rows(rows.row.data(), count, points.dim, metric, target);
+      if (metric != Metric::kCosine) continue;
+      for (int64_t e = 0; e < count * count; ++e) {
+        if (is_zero[e / count] != is_zero[e % count]) target[e] = T(1);
+      }
     }
   }
 }
 
 }  // namespace
 
-void pairwise_cpu(const float* points, int64_t dim, const int64_t* offsets, int64_t num_groups, float* out) {
-  std::vector<int64_t> block(num_groups + 1, 0);
-  for (int64_t g = 0; g < num_groups; ++g) {
-    const int64_t count = offsets[g + 1] - offsets[g];
-    block[g + 1] = block[g] + count * count;
+template <typename T, typename Out>
+void pairwise_rows(const T* const* rows, int64_t count, int64_t dim, Metric metric, Out* out) {
+  const int64_t num_tiles = (count + kTile - 1) / kTile;
+  // One group may be the whole call: its tiles then share the threads (inside a parallel region this loop is serial).
+#pragma omp parallel for schedule(dynamic, 1) if (num_tiles >= 16)
+  for (int64_t ti = 0; ti < num_tiles; ++ti) {
+    for (int64_t tj = ti; tj < num_tiles; ++tj) one_tile(rows, count, dim, metric, ti * kTile, tj * kTile, out);
   }
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t g = 0; g < num_groups; ++g) {
-    one_group(points + offsets[g] * dim, dim, offsets[g + 1] - offsets[g], out + block[g]);
+  for (int64_t i = 0; i < count; ++i) out[i * count + i] = Out(0);
+}
+
+void pairwise_cpu(const Points& points, Metric metric, const int64_t* offsets, int64_t num_groups, void* out) {
+  if (points.dtype == Dtype::kFloat64) {
+    all_groups<double>(points, metric, offsets, num_groups, static_cast<double*>(out));
+  } else {
+    all_groups<float>(points, metric, offsets, num_groups, static_cast<float*>(out));
   }
 }
+
+template void pairwise_rows(const float* const*, int64_t, int64_t, Metric, float*);
+template void pairwise_rows(const float* const*, int64_t, int64_t, Metric, double*);
+template void pairwise_rows(const double* const*, int64_t, int64_t, Metric, double*);
 
 }  // namespace ampo

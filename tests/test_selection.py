@@ -1,5 +1,8 @@
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,15 +65,126 @@ def test_exact_is_the_optimum_and_local_search_within_five_times(n, k, seed):
     assert best - 1e-5 <= local.cost[0] <= 5 * best + 1e-5
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_compiled_and_torch_choose_the_same(seed):
-    points, rewards, offsets = random_groups([8, 3, 16, 1, 12], seed, dim=33)
-    torch_out, cpp_out = (
-        select_responses(points, rewards, 4, strategy="opt_select", group_offsets=offsets, impl=impl)
-        for impl in ("torch", "cpp")
-    )
-    assert torch.equal(torch_out.negative, cpp_out.negative)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+    st.sampled_from(MANY),
+    st.sampled_from(["candidates", "all"]),
+    st.sampled_from([None, 0.0, 0.25]),
+)
+def test_compiled_and_torch_choose_the_same(sizes, dim, k, seed, strategy, coverage, tie_tol):
+    # Points on a grid and rewards in quarters: distances are the same bits in both, and full of ties.
+    g = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    arguments = {
+        "embeddings": torch.randint(-2, 3, (n, dim), generator=g).float(),
+        "rewards": torch.randint(0, 5, (n,), generator=g) / 4,
+        "k": k,
+        "strategy": strategy,
+        "group_offsets": torch.tensor([0, *sizes]).cumsum(0),
+        "positives": 1 + seed % 2,
+        "coverage": coverage,
+        "valid": torch.rand(n, generator=g) < 0.9,
+        "positive_ok": torch.rand(n, generator=g) < 0.8,
+        "tie_tol": tie_tol,
+        "seed": seed,
+    }
+    torch_out, cpp_out = (select_responses(**arguments, impl=impl) for impl in ("torch", "cpp"))
     assert torch.equal(torch_out.positive, cpp_out.positive)
+    if strategy != "opt_select_exact":  # among equal optima any one
+        assert torch.equal(torch_out.negative, cpp_out.negative)
+    torch.testing.assert_close(torch_out.cost, cpp_out.cost, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert torch.equal(torch_out.proven | torch_out.cost.isnan(), cpp_out.proven | cpp_out.cost.isnan())
+
+
+def test_exact_proves_real_sized_groups_and_local_search_is_near():
+    # 31 choose 4 and 31 choose 5 subsets, tried one by one in float64.
+    points, rewards, offsets = random_groups([32, 32], seed=3, dim=16)
+    for k in (3, 4):
+        exact = select_responses(points, rewards, k, strategy="opt_select_exact", group_offsets=offsets)
+        local = select_responses(points, rewards, k, strategy="opt_select", group_offsets=offsets)
+        assert exact.proven.all()
+        for b in range(2):
+            p, r = points[32 * b : 32 * b + 32].double(), rewards[32 * b : 32 * b + 32].double()
+            others = [i for i in range(32) if i != int(r.argmax())]
+            cost = (r.mean() - r).exp()[others, None] * torch.cdist(p, p)[others]
+            subsets = torch.tensor(list(itertools.combinations(others, k)))
+            best = min(cost[:, part].amin(2).sum(0).min() for part in subsets.split(4000))
+            assert exact.cost[b].item() == pytest.approx(best.item(), rel=1e-6)
+            assert exact.lower_bound[b] == exact.cost[b]
+            assert best - 1e-6 <= local.cost[b] <= 1.1 * best
+
+
+def test_out_of_time_is_the_best_known_with_a_bound_that_holds():
+    points, rewards, _ = random_groups([40], seed=5, dim=64)
+    known = select_responses(points, rewards, 8, strategy="opt_select_exact")
+    late = select_responses(points, rewards, 8, strategy="opt_select_exact", time_limit=0.0)
+    assert known.proven[0]
+    assert 0 < late.lower_bound[0] <= known.cost[0] <= late.cost[0]
+
+
+def test_thread_count_changes_nothing(tmp_path):
+    code = (
+        "import torch, hashlib, ampo_fast as a; g = torch.Generator().manual_seed(0); x = torch.randn(320, 24, generator=g);"
+        "r = torch.rand(320, generator=g); o = torch.arange(0, 321, 16);"
+        f"out = [a.select_responses(x, r, 4, strategy=s, group_offsets=o) for s in {MANY!r}];"
+        "parts = [t.numpy().tobytes() for s in out for t in s] + [a.k_center(x, 90).numpy().tobytes()];"
+        "parts += [a.pairwise_distances(x).numpy().tobytes(), a.k_medoids(torch.cdist(x, x), 9)[0].numpy().tobytes()];"
+        "print(hashlib.sha256(b''.join(parts)).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 200), st.integers(1, 9), st.integers(0, 1000))
+def test_k_center_is_the_plain_loop(n, dim, seed):
+    g = torch.Generator().manual_seed(seed)
+    points = torch.randint(-3, 4, (n, dim), generator=g).float()
+    k = int(torch.randint(1, n + 1, (1,), generator=g))
+    for seeds in (None, [n - 1, 0][:k]):
+        torch_out, cpp_out = (k_center(points, k, seeds=seeds, impl=impl) for impl in ("torch", "cpp"))
+        assert torch.equal(torch_out, cpp_out)
+        assert len(set(cpp_out.tolist())) == k
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [1, 7, 40])
+def test_compiled_distances_match_float64(metric, dtype, dim):
+    points = torch.randn(21, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+    points[3] = 0.0
+    truth = pairwise_distances(points.double(), metric=metric, impl="torch")
+    out = pairwise_distances(points, metric=metric, impl="cpp")
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out, out.T)
+    assert out.diagonal().tolist() == [0.0] * 21
+
+
+def test_k_medoids_compiled_and_torch_agree_with_fixed_members_and_weights():
+    g = torch.Generator().manual_seed(1)
+    points = torch.randint(-4, 5, (25, 2), generator=g).float()
+    weights = torch.rand(25, generator=g)
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    for k, fixed in ((1, None), (1, [4]), (4, None), (5, [7, 2]), (25, [3])):
+        torch_out, cpp_out = (k_medoids(distance, k, weights=weights, fixed=fixed, impl=i) for i in ("torch", "cpp"))
+        assert torch.equal(torch_out[0], cpp_out[0])
+        assert torch_out[1] == cpp_out[1]
+        assert set(fixed or ()) <= set(cpp_out[0].tolist())
 
 
 def test_ties_validity_and_sides():

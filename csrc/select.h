@@ -1,0 +1,43 @@
+// The selector: 1 or more positives and k negatives of every group, from embeddings and rewards, over many ragged groups.
+#pragma once
+
+#include <cstdint>
+
+#include "points.h"
+
+namespace ampo {
+
+enum class Strategy { kBottomK, kCoreset, kKCenter, kOptSelect, kOptSelectExact, kBestWorst, kRandom };
+
+struct SelectInput {
+  Points points;               // [n, E], the groups one after the other
+  const double* reward;        // [n]
+  const uint8_t* valid;        // [n] 0: never selected, counted nowhere; its reward and embedding may be anything
+  const uint8_t* positive_ok;  // [n] 0: can only be a negative
+  const int64_t* offsets;      // [num_groups + 1]
+  const int64_t* keys;         // [num_groups] seed kCoreset and kRandom
+  int64_t num_groups;
+};
+
+struct SelectOptions {
+  Strategy strategy;
+  int64_t k;
+  int64_t num_positives;
+  bool cover_positives;  // they are covered points too, beside the other valid candidates
+  double tie_tol;        // a candidate with reward >= that of the last positive - tie_tol is no negative; NaN: no such rule
+  uint64_t seed;
+  double time_limit_s;  // kOptSelectExact: for the whole call, shared out fairly; infinity: none
+};
+
+// Indices are local to the group and int64; -1 fills. cost, lower_bound: NaN for a group without positive or negative.
+struct SelectOutput {
+  int64_t* positive;    // [num_groups, num_positives] by falling reward, ties by index
+  int64_t* negative;    // [num_groups, k] ascending
+  double* cost;         // [num_groups] sum_i exp(mean reward - reward_i) min_{j chosen} ||e_i - e_j||
+  double* lower_bound;  // [num_groups]
+  uint8_t* proven;      // [num_groups]
+};
+
+void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output);
+
+}  // namespace ampo

@@ -1,0 +1,295 @@
+#include "select.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "coverage.h"
+#include "distance_kernels.h"
+#include "kmeans.h"
+#include "kmedoids.h"
+#include "pairwise.h"
+#include "random.h"
+
+namespace ampo {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+// A swap's local optimum costs at most 5 times the optimum, so a fifth of it is a lower bound.
+constexpr double kSwapRatio = 5.0;
+
+using Clock = std::chrono::steady_clock;
+
+// Shares what is left of the time among the groups that are left: an easy group leaves its time to the others.
+class Deadline {
+ public:
+  Deadline(double limit_s, int64_t num_groups, int num_threads)
+      : has_limit_(limit_s < kInfinity), threads_(num_threads), left_(num_groups),
+        end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                std::chrono::duration<double>(has_limit_ ? std::min(limit_s, 1e8) : 0.0))) {}
+
+  bool has_limit() const { return has_limit_; }
+
+  Clock::time_point next_group() {
+    const int64_t left = std::max<int64_t>(1, left_.fetch_sub(1));
+    const Clock::time_point now = Clock::now();
+    return now + std::min(end_ - now, (end_ - now) * std::min<int64_t>(threads_, left) / left);
+  }
+
+ private:
+  const bool has_limit_;
+  const int64_t threads_;
+  std::atomic<int64_t> left_;
+  const Clock::time_point end_;
+};
+
+template <typename T>
+class Selector {
+ public:
+  Selector(const SelectInput& input, const SelectOptions& options, Deadline& deadline)
+      : input_(input), options_(options), deadline_(deadline) {}
+
+  void run(int64_t group, const SelectOutput& out) {
+    begin_ = input_.offsets[group];
+    count_ = input_.offsets[group + 1] - begin_;
+    int64_t* positive = out.positive + group * options_.num_positives;
+    int64_t* negative = out.negative + group * options_.k;
+    std::fill(positive, positive + options_.num_positives, -1);
+    std::fill(negative, negative + options_.k, -1);
+    out.cost[group] = out.lower_bound[group] = kNan;
+    out.proven[group] = 0;
+    take_sides();
+    if (positives_.empty() || eligible_.empty()) return;
+    k_ = std::min(options_.k, int64_t(eligible_.size()));
+    weigh();
+    rows_.take(input_.points, begin_, count_);
+    bound_ = 0.0;
+    std::vector<int64_t> chosen = int64_t(eligible_.size()) == k_ ? eligible_ : choose(group);
+    std::sort(chosen.begin(), chosen.end());
+    std::copy(positives_.begin(), positives_.end(), positive);
+    std::copy(chosen.begin(), chosen.end(), negative);
+    const double cost = cost_of(chosen);
+    // The only choice there is, or one that was proven: the optimum.
+    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : bound_ * shift_;
+    out.cost[group] = cost;
+    out.lower_bound[group] = std::min(bound, cost);
+    out.proven[group] = bound >= cost;
+    is_optimal_ = false;
+  }
+
+ private:
+  double reward(int64_t i) const { return input_.reward[begin_ + i]; }
+  bool rises(int64_t a, int64_t b) const { return reward(a) != reward(b) ? reward(a) < reward(b) : a < b; }
+
+  void take_sides() {
+    valid_.clear();
+    positives_.clear();
+    eligible_.clear();
+    clients_.clear();
+    for (int64_t i = 0; i < count_; ++i) {
+      if (!input_.valid[begin_ + i]) continue;
+      valid_.push_back(i);
+      if (input_.positive_ok[begin_ + i]) positives_.push_back(i);
+    }
+    const auto falls = [this](int64_t a, int64_t b) { return reward(a) != reward(b) ? reward(a) > reward(b) : a < b; };
+    const int64_t num = std::min<int64_t>(options_.num_positives, int64_t(positives_.size()));
+    std::partial_sort(positives_.begin(), positives_.begin() + num, positives_.end(), falls);
+    positives_.resize(num);
+    if (num == 0) return;
+    const bool has_rule = !std::isnan(options_.tie_tol);
+    const double limit = has_rule ? reward(positives_.back()) - options_.tie_tol : kInfinity;
+    for (const int64_t i : valid_) {
+      const bool is_positive = std::find(positives_.begin(), positives_.end(), i) != positives_.end();
+      if (!is_positive || options_.cover_positives) clients_.push_back(i);
+      if (!is_positive && (!has_rule || reward(i) < limit)) eligible_.push_back(i);
+    }
+  }
+
+  // exp(mean - r_i) = exp(lowest - r_i) * exp(mean - lowest): the first factor never overflows and decides alone.
+  void weigh() {
+    double sum = 0.0, lowest = kInfinity;
+    for (const int64_t i : valid_) {
+      sum += reward(i);
+      lowest = std::min(lowest, reward(i));
+    }
+    shift_ = std::exp(sum / double(valid_.size()) - lowest);
+    weight_.resize(clients_.size());
+    for (size_t c = 0; c < clients_.size(); ++c) weight_[c] = std::exp(lowest - reward(clients_[c]));
+  }
+
+  double cost_of(const std::vector<int64_t>& chosen) {
+    std::vector<const T*> columns;
+    for (const int64_t j : chosen) columns.push_back(rows_.row[j]);
+    std::vector<T> squared(chosen.size());
+    double cost = 0.0;
+    for (size_t c = 0; c < clients_.size(); ++c) {
+      squared_to_many(rows_.row[clients_[c]], columns.data(), int64_t(columns.size()), input_.points.dim, squared.data());
+      cost += weight_[c] * double(std::sqrt(*std::min_element(squared.begin(), squared.end())));
+    }
+    return cost * shift_;
+  }
+
+  std::vector<int64_t> choose(int64_t group) {
+    const uint64_t key = uint64_t(input_.keys[group]);
+    switch (options_.strategy) {
+      case Strategy::kRandom: return random_choice(Random(options_.seed, key, kRandomStrategy));
+      case Strategy::kKCenter: return farthest_first();
+      case Strategy::kCoreset: return coreset(Random(options_.seed, key, kKmeansStart));
+      case Strategy::kOptSelect: return opt_select(false);
+      case Strategy::kOptSelectExact: return opt_select(true);
+      default: return lowest(eligible_, k_);
+    }
+  }
+
+  std::vector<int64_t> lowest(std::vector<int64_t> from, int64_t num) const {
+    std::partial_sort(from.begin(), from.begin() + num, from.end(), [this](int64_t a, int64_t b) { return rises(a, b); });
+    from.resize(num);
+    return from;
+  }
+
+  std::vector<int64_t> random_choice(const Random& random) const {
+    std::vector<std::pair<uint64_t, int64_t>> ticket;
+    for (const int64_t i : eligible_) ticket.emplace_back(random.bits(uint64_t(i)), i);
+    std::partial_sort(ticket.begin(), ticket.begin() + k_, ticket.end());
+    std::vector<int64_t> chosen;
+    for (int64_t s = 0; s < k_; ++s) chosen.push_back(ticket[s].second);
+    return chosen;
+  }
+
+  std::vector<int64_t> farthest_first() {
+    const int64_t num = int64_t(eligible_.size());
+    std::vector<const T*> others;
+    for (const int64_t i : eligible_) others.push_back(rows_.row[i]);
+    std::vector<T> nearest(num, std::numeric_limits<T>::infinity()), squared(num);
+    std::vector<uint8_t> is_chosen(num, 0);
+    const auto cover = [&](const T* row) {
+      squared_to_many(row, others.data(), num, input_.points.dim, squared.data());
+      for (int64_t i = 0; i < num; ++i) nearest[i] = std::min(nearest[i], squared[i]);
+    };
+    for (const int64_t i : positives_) cover(rows_.row[i]);
+    std::vector<int64_t> chosen;
+    while (int64_t(chosen.size()) < k_) {
+      int64_t best = -1;
+      for (int64_t i = 0; i < num; ++i) {
+        if (!is_chosen[i] && (best < 0 || nearest[i] > nearest[best])) best = i;
+      }
+      is_chosen[best] = 1;
+      chosen.push_back(eligible_[best]);
+      cover(others[best]);
+    }
+    return chosen;
+  }
+
+  void fill_matrix(const std::vector<int64_t>& members, Metric metric) {
+    std::vector<const T*> rows;
+    for (const int64_t i : members) rows.push_back(rows_.row[i]);
+    matrix_.resize(members.size() * members.size());
+    pairwise_rows(rows.data(), int64_t(rows.size()), input_.points.dim, metric, matrix_.data());
+  }
+
+  std::vector<int64_t> coreset(const Random& random) {
+    fill_matrix(eligible_, Metric::kSquared);
+    int64_t num_clusters = 0;
+    const int64_t num = int64_t(eligible_.size());
+    const std::vector<int64_t> label = kmeans_clusters(matrix_.data(), num, k_, random, &num_clusters);
+    std::vector<int64_t> pick(num_clusters, -1);
+    for (int64_t i = 0; i < num; ++i) {
+      int64_t& best = pick[label[i]];
+      if (best < 0 || rises(eligible_[i], eligible_[best])) best = i;
+    }
+    std::vector<uint8_t> is_chosen(num, 0);
+    for (const int64_t i : pick) is_chosen[i] = 1;
+    std::vector<int64_t> chosen, rest;
+    for (int64_t i = 0; i < num; ++i) (is_chosen[i] ? chosen : rest).push_back(eligible_[i]);
+    rest = lowest(rest, k_ - int64_t(chosen.size()));
+    chosen.insert(chosen.end(), rest.begin(), rest.end());
+    return chosen;
+  }
+
+  void make_problem() {
+    fill_matrix(valid_, Metric::kEuclidean);
+    const int64_t width = int64_t(valid_.size());
+    std::vector<int64_t> place(count_, -1);
+    for (int64_t p = 0; p < width; ++p) place[valid_[p]] = p;
+    problem_.num_clients = int64_t(clients_.size());
+    problem_.num_facilities = int64_t(eligible_.size());
+    problem_.cost.resize(clients_.size() * eligible_.size());
+    double* cost = problem_.cost.data();
+    for (const int64_t j : eligible_) {
+      const double* row = matrix_.data() + place[j] * width;
+      for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place[clients_[c]]];
+    }
+    scale_ = problem_.round_costs(k_);
+  }
+
+  std::vector<int64_t> opt_select(bool is_exact) {
+    make_problem();
+    std::vector<int64_t> facility(count_, -1), chosen = greedy_facilities(problem_, k_, {}), other;
+    for (size_t f = 0; f < eligible_.size(); ++f) facility[eligible_[f]] = int64_t(f);
+    for (const int64_t i : lowest(eligible_, k_)) other.push_back(facility[i]);
+    double cost = swap_facilities(problem_, 0, chosen);
+    if (swap_facilities(problem_, 0, other) < cost) {
+      chosen = other;
+      cost = problem_.total(other);
+    }
+    bound_ = cost / scale_ / kSwapRatio;
+    is_optimal_ = cost == 0.0;
+    if (is_exact && !is_optimal_) prove(chosen);
+    for (int64_t& f : chosen) f = eligible_[f];
+    return chosen;
+  }
+
+  void prove(std::vector<int64_t>& chosen) {
+    const bool has_limit = deadline_.has_limit();
+    const Clock::time_point end = has_limit ? deadline_.next_group() : Clock::time_point();
+    const ExactResult result =
+        best_facilities(problem_, k_, 0, chosen, [&] { return has_limit && Clock::now() >= end; });
+    is_optimal_ = result.proven;
+    bound_ = std::max(bound_, result.lower_bound / scale_);
+  }
+
+  const SelectInput& input_;
+  const SelectOptions& options_;
+  Deadline& deadline_;
+  int64_t begin_ = 0, count_ = 0, k_ = 0;
+  std::vector<int64_t> valid_, positives_, eligible_, clients_;
+  std::vector<double> weight_, matrix_;
+  double shift_ = 1.0, bound_ = 0.0, scale_ = 1.0;
+  bool is_optimal_ = false;
+  Rows<T> rows_;
+  Coverage problem_;
+};
+
+template <typename T>
+void all_groups(const SelectInput& input, const SelectOptions& options, const SelectOutput& output) {
+#ifdef _OPENMP
+  const int num_threads = omp_get_max_threads();
+#else
+  const int num_threads = 1;
+#endif
+  Deadline deadline(options.time_limit_s, input.num_groups, num_threads);
+#pragma omp parallel
+  {
+    Selector<T> selector(input, options, deadline);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < input.num_groups; ++g) selector.run(g, output);
+  }
+}
+
+}  // namespace
+
+void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output) {
+  if (input.points.dtype == Dtype::kFloat64) return all_groups<double>(input, options, output);
+  all_groups<float>(input, options, output);
+}
+
+}  // namespace ampo
