@@ -132,10 +132,12 @@ class _Problem:
 
 
 def resolve_impl(impl: str) -> str:
-    """"cpp" or "torch". auto: cpp where the extension is built, else torch, said once. ValueError for "cpp" without it."""
+    """ "cpp" or "torch". auto: cpp where the extension is built, else torch, said once. ValueError for "cpp" without it."""
     _check_choice("impl", impl, ("auto", "torch", "cpp"))
     if impl == "cpp" and _C is None:
-        raise ValueError('impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)')
+        raise ValueError(
+            'impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)'
+        )
     if impl == "auto":
         _log_choice_once()
     return "torch" if impl == "torch" or _C is None else "cpp"

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from ampo_fast import fused_linear_group_loss, linear_logprob
+from ampo_fast import fused_linear_group_loss, linear_logprob, losses
 from ampo_fast.losses import AMPO, NLL, GroupContrastive, ResponseStats, Sum
 
 D, V = 8, 97
@@ -20,7 +20,7 @@ def inputs(dtype=torch.float64, rows=40, seed=0):
     return hidden, weight, bias, torch.randint(0, V, (rows,), generator=g), torch.rand(7, generator=g, dtype=dtype)
 
 
-def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None):
+def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None):
     logits = hidden @ weight.T + bias
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -31,7 +31,10 @@ def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softca
     if eos_id is not None:
         last = RESPONSES[1:] - 1
         eos = all_logp[last, eos_id].masked_fill(target[last] != eos_id, torch.nan)
-    stats = ResponseStats(logp, RESPONSES.diff(), reward, GROUPS, eos_logp_M=eos)
+    stats = ResponseStats(
+        logp, RESPONSES.diff(), reward, GROUPS, ref, eos, response_offsets=RESPONSES, logp_R=row,
+        eos_logp_R=None if eos_id is None else all_logp[:, eos_id],
+    )  # fmt: skip
     return loss_fn(stats).per_group_B.sum() / 2
 
 
@@ -53,6 +56,38 @@ def test_loss_and_every_gradient_equal_the_naive_ones(mode, chunk_rows, temperat
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     assert not stats.logp_M.requires_grad
     assert stats.length_M.tolist() == RESPONSES.diff().tolist()
+
+
+EVERY_LOSS = [
+    getattr(losses, name)()
+    for name in losses.__all__
+    if name not in ("ResponseStats", "LossOutput", "GroupContrastive", "Sum", "NLL", "group_contrastive_loss")
+] + [
+    GroupContrastive(beta=2.0, eos_penalty="budgeted", eos_lambda=0.3, eos_budget=3),
+    GroupContrastive(beta=2.0, eos_penalty="target", eos_lambda=0.3),
+    Sum([(1.0, losses.MMPO()), (0.5, losses.PlackettLuce())]),
+]
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+@pytest.mark.parametrize("loss_fn", EVERY_LOSS, ids=lambda loss: type(loss).__name__)
+def test_every_loss_is_a_loss_of_the_fused_op(loss_fn, mode):
+    hidden, weight, bias, target, reward = inputs(seed=3)
+    target[RESPONSES[1:-2] - 1] = 5  # all but two responses end in the id taken for EOS
+    eos = 5 if loss_fn.needs_eos else None
+    ref = torch.linspace(-30.0, -10.0, 7, dtype=torch.float64)
+    expected = naive(hidden, weight, bias, target, reward, loss_fn, eos_id=eos, ref=ref)
+    loss, _ = fused_linear_group_loss(
+        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn,
+        bias_V=bias, eos_id=eos, ref_logp_M=ref, mode=mode, chunk_rows=25,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
+    for got, want in zip(
+        torch.autograd.grad(loss, (hidden, weight, bias)),
+        torch.autograd.grad(expected, (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["grouped", "recompute"])

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ampo_fast import group_contrastive_loss
+from ampo_fast import group_contrastive_loss, reference
 from ampo_fast.losses import AMPO, NLL, SWEPO, GroupContrastive, REFA1vsK, REFADynamic, ResponseStats, Sum
 
 F64 = torch.float64
@@ -128,6 +129,42 @@ def test_eos_penalties_by_hand(penalty, expected):
     assert GroupContrastive(beta=1.0, eos_penalty=penalty, eos_lambda=0.1)(data).loss.item() == pytest.approx(
         plain + 0.1 * expected, abs=1e-14
     )
+
+
+def test_budgeted_eos_penalty_by_hand():
+    # |y| = 4, 2 and 3; budget 2: (1/2) P_1 - (P_3 + P_4) / 2; (1/2) P_1; the third does not end in EOS.
+    p = [0.5, 0.25, 0.1, 0.8, 0.3, 0.6, 0.9, 0.9, 0.9]
+    data = stats(
+        [-2.0, -3.0, -1.0], [4, 2, 3], [0.9, 0.1, 0.0], [0, 3],
+        eos_logp_M=[math.log(0.8), math.log(0.6), math.nan], eos_logp_R=[math.log(x) for x in p],
+    )  # fmt: skip
+    data = dataclasses.replace(data, response_offsets=torch.tensor([0, 4, 6, 9]))
+    plain = GroupContrastive(beta=1.0)(data).loss.item()
+    loss = GroupContrastive(beta=1.0, eos_penalty="budgeted", eos_lambda=0.1, eos_budget=2)
+    expected = plain + 0.1 * ((0.5 / 2 - (0.1 + 0.8) / 2) + 0.3 / 2)
+    assert loss(data).loss.item() == pytest.approx(expected, abs=1e-14)
+    assert loss.needs_rows
+    with pytest.raises(ValueError, match="eos_logp_R"):
+        loss(dataclasses.replace(data, eos_logp_R=None))
+    with pytest.raises(ValueError, match="eos_budget"):
+        GroupContrastive(beta=1.0, eos_penalty="budgeted")
+
+
+@pytest.mark.parametrize(
+    ("score", "weight", "split"), itertools.product(["avg", "sum"], ["signed", "abs"], ["best", "mean"])
+)
+def test_it_is_the_reference_group_by_group(score, weight, split):
+    generator = torch.Generator().manual_seed(5)
+    logp = (-30 * torch.rand(40, generator=generator, dtype=F64)).requires_grad_()
+    length = torch.randint(1, 20, (40,), generator=generator)
+    reward = torch.rand(40, generator=generator, dtype=F64)
+    offsets = torch.tensor([0, 8, 9, 9, 11, 40])
+    options = {"beta": 2.0, "alpha": 0.4, "gamma": 3.0, "score": score, "weight": weight, "split": split}
+    ours = group_contrastive_loss(logp, length, reward, offsets, reduction="none", **options)
+    want = reference.group_contrastive_loss(logp, length, reward, offsets, **options)
+    torch.testing.assert_close(ours, want, atol=1e-12, rtol=0)
+    got_grad, want_grad = (torch.autograd.grad(x.sum(), logp)[0] for x in (ours, want))
+    torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=0)
 
 
 def test_sum_and_nll():

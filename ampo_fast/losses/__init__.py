@@ -1,4 +1,7 @@
-"""Losses over groups of responses: frozen dataclasses, called on ResponseStats, usable as loss_fn of the fused op."""
+"""Losses over groups of responses: frozen dataclasses, called on ResponseStats, usable as loss_fn of the fused op.
+
+losses.reward_model holds those of reward models, on one score per response.
+"""
 
 from ampo_fast.losses.combine import NLL, Sum
 from ampo_fast.losses.group_contrastive import (
@@ -9,17 +12,43 @@ from ampo_fast.losses.group_contrastive import (
     REFADynamic,
     group_contrastive_loss,
 )
+from ampo_fast.losses.kto import KTO
+from ampo_fast.losses.listwise import NCA, InfoNCA, LambdaPO, PlackettLuce, REFAInfoNCA
+from ampo_fast.losses.margins import BMC, DPOPCRM, MMDPO, MMPO, CaPO
+from ampo_fast.losses.pairwise import CDPO, DPO, IPO, RDPO, Hinge, NCAPair, RobustDPO
+from ampo_fast.losses.reference_free import CPO, ORPO, SimPO
 from ampo_fast.losses.stats import LossOutput, ResponseStats
 
 __all__ = [
     "AMPO",
+    "BMC",
+    "CDPO",
+    "CPO",
+    "DPO",
+    "DPOPCRM",
+    "IPO",
+    "KTO",
+    "MMDPO",
+    "MMPO",
+    "NCA",
     "NLL",
+    "ORPO",
+    "RDPO",
     "SWEPO",
+    "CaPO",
     "GroupContrastive",
+    "Hinge",
+    "InfoNCA",
+    "LambdaPO",
     "LossOutput",
+    "NCAPair",
+    "PlackettLuce",
     "REFA1vsK",
     "REFADynamic",
+    "REFAInfoNCA",
     "ResponseStats",
+    "RobustDPO",
+    "SimPO",
     "Sum",
     "group_contrastive_loss",
 ]

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from ampo_fast.losses.stats import LossOutput, ResponseStats, group_mask, mean_output, padded
+from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, mean_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class NLL:
+class NLL(Loss):
     """-log pi(y+) / |y+|, averaged over the group's positives; 0 for a group without one."""
-
-    needs_rows: ClassVar[bool] = False
-    needs_eos: ClassVar[bool] = False
-    uses_reference: ClassVar[bool] = False
 
     def __call__(self, stats: ResponseStats) -> LossOutput:
         if stats.positive_M is None:
             raise ValueError("NLL needs positive_M: it regularises the positive")
-        mask_BG = group_mask(stats.group_offsets, stats.logp_M.device)
-        positive_BG = padded(stats.positive_M.bool(), mask_BG, False)
-        nll_BG = padded(-stats.logp_M / stats.length_M, mask_BG, 0.0)
+        groups = Groups(stats.group_offsets, stats.logp_M.device)
+        positive_BG = groups.pad(stats.positive_M.bool(), False)
+        nll_BG = groups.pad(-stats.logp_M / stats.length_M, 0.0)
         kept_BG = torch.where(positive_BG, nll_BG, 0.0)
         return mean_output(kept_BG.sum(1) / positive_BG.sum(1).clamp(min=1))
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Loss):
     """sum_i weight_i loss_i(stats): Sum([(1.0, AMPO()), (0.1, NLL())])."""
 
     terms: Sequence[tuple[float, Callable[[ResponseStats], LossOutput]]]

@@ -13,7 +13,16 @@ from typing import ClassVar
 
 import torch
 
-from ampo_fast.losses.stats import LossOutput, ResponseStats, group_mask, mean_output, padded
+from ampo_fast.losses.stats import (
+    Groups,
+    Loss,
+    LossOutput,
+    ResponseStats,
+    check_choice,
+    check_positive,
+    mean_output,
+    segment_sum,
+)
 from ampo_fast.validation import check_finite, check_offsets, check_vector
 
 _CHOICES = {
@@ -21,13 +30,13 @@ _CHOICES = {
     "weight": ("signed", "abs", "none"),
     "alpha_place": ("outside", "inside"),
     "split": ("best", "mean", "given"),
-    "eos_penalty": (None, "target", "simple", "budget_independent"),
+    "eos_penalty": (None, "target", "simple", "budget_independent", "budgeted"),
     "weight_power": (1, 2),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupContrastive:
+class GroupContrastive(Loss):
     """-log( sum_{+} e^s / (sum_{+} e^s + gamma sum_{-} e^s) ) per group; options as in group_contrastive_loss.
 
     Every reading of the papers is one of the options. Defaults: signed weights added outside beta (the form AMPO and
@@ -44,71 +53,61 @@ class GroupContrastive:
     split: str = "best"
     eos_penalty: str | None = None
     eos_lambda: float = 0.0
-
-    needs_rows: ClassVar[bool] = False
-    uses_reference: ClassVar[bool] = False
+    eos_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; use one of {', '.join(map(repr, choices))}")
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}; it must be positive")
+            check_choice(name, getattr(self, name), choices)
+        check_positive("beta", self.beta)
         if not self.gamma >= 0:
             raise ValueError(f"gamma = {self.gamma}; it must not be negative")
+        if self.eos_penalty == "budgeted" and not (self.eos_budget and self.eos_budget > 0):
+            raise ValueError(f'eos_budget = {self.eos_budget}; eos_penalty = "budgeted" needs a number of tokens')
 
     @property
     def needs_eos(self) -> bool:
         return self.eos_penalty is not None
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.eos_penalty == "budgeted"
+
     def __call__(self, stats: ResponseStats) -> LossOutput:
-        mask_BG = group_mask(stats.group_offsets, stats.logp_M.device)
-        score_BG = padded(self._scores(stats, mask_BG), mask_BG, 0.0)
-        positive_BG = self._positives(stats, mask_BG)
-        per_group_B = _contrast(score_BG, positive_BG, mask_BG & ~positive_BG, self.gamma)
+        groups = Groups(stats.group_offsets, stats.logp_M.device)
+        score_BG = groups.pad(self._scores(stats, groups), 0.0)
+        positive_BG = self._positives(stats, groups)
+        per_group_B = _contrast(score_BG, positive_BG, groups.mask_BG & ~positive_BG, self.gamma)
         if self.needs_eos:
-            per_group_B = per_group_B + self._eos_term(stats, mask_BG)
+            per_group_B = per_group_B + self._eos_term(stats, groups)
         return mean_output(per_group_B)
 
-    def _scores(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
-        x_M = stats.logp_M if stats.ref_logp_M is None else stats.logp_M - stats.ref_logp_M
+    def _scores(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
+        x_M = stats.log_ratio_M
         if self.score == "avg":
             x_M = x_M / stats.length_M
         score_M = self.beta * x_M
         if self.weight == "none" or self.alpha == 0.0:
             return score_M
-        reward_BG = padded(stats.reward_M.to(score_M.dtype), mask_BG, 0.0)
-        baseline_B = stats.baseline_B
-        if baseline_B is None:
-            baseline_B = reward_BG.sum(1) / mask_BG.sum(1).clamp(min=1)
-        weight_BG = (reward_BG - baseline_B.to(reward_BG)[:, None]) ** self.weight_power
-        weight_M = (weight_BG.abs() if self.weight == "abs" else weight_BG)[mask_BG]
-        scale = self.alpha * (self.beta if self.alpha_place == "inside" else 1.0)
-        return score_M + scale * weight_M
+        reward_BG = groups.pad(stats.reward_M.to(score_M.dtype), 0.0)
+        baseline_B1 = groups.mean(reward_BG) if stats.baseline_B is None else stats.baseline_B.to(reward_BG)[:, None]
+        weight_M = groups.unpad((reward_BG - baseline_B1) ** self.weight_power)
+        if self.weight == "abs":
+            weight_M = weight_M.abs()
+        return score_M + self.alpha * (self.beta if self.alpha_place == "inside" else 1.0) * weight_M
 
-    def _positives(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
+    def _positives(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
         if stats.positive_M is not None:
-            return padded(stats.positive_M.bool(), mask_BG, False)
+            return groups.pad(stats.positive_M.bool(), False)
         if self.split == "given":
             raise ValueError('split = "given" needs positive_M')
-        reward_BG = padded(
-            stats.reward_M.float() if stats.reward_M.dtype != torch.float64 else stats.reward_M, mask_BG, -torch.inf
-        )
+        work = torch.promote_types(stats.reward_M.dtype, torch.float32)
+        reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
         if self.split == "mean":
-            mean_B1 = reward_BG.masked_fill(~mask_BG, 0.0).sum(1, keepdim=True) / mask_BG.sum(1, keepdim=True).clamp(
-                min=1
-            )
-            return (reward_BG > mean_B1) & mask_BG
-        is_best_BG = torch.zeros_like(mask_BG)
-        if mask_BG.numel():
-            # The first of equal rewards: argmax of the mask of the maxima, made strict by position.
-            top_BG = reward_BG == reward_BG.amax(1, keepdim=True)
-            first_B1 = top_BG.int().cumsum(1).eq(1).int().argmax(1, keepdim=True)
-            is_best_BG.scatter_(1, first_B1, True)
-        return is_best_BG & mask_BG
+            return (reward_BG > groups.mean(reward_BG)) & groups.mask_BG
+        return groups.first_best(reward_BG)
 
-    def _eos_term(self, stats: ResponseStats, mask_BG: torch.Tensor) -> torch.Tensor:
-        """Per group, summed over the responses that end in EOS (REFA eqs. 7, 9, 31)."""
+    def _eos_term(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
+        """Per group, summed over the responses that end in EOS (REFA eqs. 7, 9, 10, 31)."""
         if stats.eos_logp_M is None:
             raise ValueError(f"eos_penalty = {self.eos_penalty!r} needs eos_logp_M (pass eos_id to the fused op)")
         ends_M = ~torch.isnan(stats.eos_logp_M)
@@ -117,11 +116,27 @@ class GroupContrastive:
             term_M = -logp_M
         elif self.eos_penalty == "simple":
             term_M = logp_M.exp()
+        elif self.eos_penalty == "budgeted":
+            term_M = self._budgeted(stats)
         else:
-            length_BG = padded(stats.length_M.to(logp_M.dtype), mask_BG, 0.0)
-            short_BG = length_BG.amax(1, keepdim=True) - length_BG if length_BG.numel() else length_BG
-            term_M = logp_M.exp() * short_BG[mask_BG]
-        return self.eos_lambda * padded(torch.where(ends_M, term_M, 0.0), mask_BG, 0.0).sum(1)
+            length_BG = groups.pad(stats.length_M.to(logp_M.dtype), 0.0)
+            longest_B1 = length_BG.amax(1, keepdim=True) if length_BG.numel() else length_BG
+            term_M = logp_M.exp() * groups.unpad(longest_B1 - length_BG)
+        return self.eos_lambda * groups.pad(torch.where(ends_M, term_M, 0.0), 0.0).sum(1)
+
+    def _budgeted(self, stats: ResponseStats) -> torch.Tensor:
+        """(1/b) sum_{t < b} P(EOS at t) - (1/(|y| - b)) sum_{t > b} P(EOS at t), t from 1; no second term for |y| <= b."""
+        if stats.eos_logp_R is None or stats.response_offsets is None:
+            raise ValueError(
+                'eos_penalty = "budgeted" needs every row\'s EOS log-prob (eos_logp_R, response_offsets): '
+                "call the loss through fused_linear_group_loss with eos_id"
+            )
+        budget, offsets = self.eos_budget, stats.response_offsets
+        length_M = offsets.diff()
+        place_R = torch.arange(1, int(offsets[-1]) + 1) - offsets[:-1].repeat_interleave(length_M)
+        over_R = 1.0 / (length_M - budget).clamp(min=1).repeat_interleave(length_M)
+        factor_R = torch.where(place_R < budget, 1.0 / budget, 0.0) - torch.where(place_R > budget, over_R, 0.0)
+        return segment_sum(factor_R.to(stats.eos_logp_R) * stats.eos_logp_R.exp(), offsets)
 
 
 def _contrast(
@@ -201,6 +216,7 @@ def group_contrastive_loss(
     split: str = "best",
     eos_penalty: str | None = None,
     eos_lambda: float = 0.0,
+    eos_budget: int | None = None,
     normalizer: float | torch.Tensor | None = None,
     reduction: str = "mean",
     impl: str = "auto",
@@ -214,7 +230,8 @@ def group_contrastive_loss(
 
     Args:
         logp_M: float [M], nats, EOS included. length_M: [M] tokens. reward_M: [M]. group_offsets: int64 [B + 1].
-        eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS).
+        eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS). "budgeted"
+            (with eos_budget) reads every token's EOS log-prob: GroupContrastive through fused_linear_group_loss has it.
         reduction: "mean" (sum / normalizer, default B), "sum" or "none" (per group).
     Raises:
         ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
@@ -238,6 +255,7 @@ def group_contrastive_loss(
     loss_fn = GroupContrastive(
         beta=beta, alpha=alpha, gamma=gamma, score=score, weight=weight, alpha_place=alpha_place,
         weight_power=weight_power, split=split, eos_penalty=eos_penalty, eos_lambda=eos_lambda,
+        eos_budget=eos_budget,
     )  # fmt: skip
     stats = ResponseStats(
         logp_M.to(work), length_M, reward_M.to(work), groups, ref_logp_M, eos_logp_M, positive_M, baseline_B

@@ -1,4 +1,4 @@
-"""What a loss sees and what it returns, and the segment operations that all losses share.
+"""What a loss sees and what it returns, and the layout that all losses share: responses padded to [B, G].
 
 Shapes: R rows, M responses, B groups, G the largest group.
 """
@@ -6,6 +6,7 @@ Shapes: R rows, M responses, B groups, G the largest group.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -31,13 +32,62 @@ class ResponseStats:
     logp_R: torch.Tensor | None = None
     eos_logp_R: torch.Tensor | None = None
 
+    @property
+    def log_ratio_M(self) -> torch.Tensor:
+        """logp minus the reference's, where there is one; else logp (a reference-free loss)."""
+        return self.logp_M if self.ref_logp_M is None else self.logp_M - self.ref_logp_M
+
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     loss: torch.Tensor
-    """Mean over the groups, those with an empty side counted."""
+    """Mean over the groups, those without a term (an empty side, no pair) counted."""
     per_group_B: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Loss:
+    """What the fused op and the trainer read from a loss before they call it."""
+
+    needs_rows: ClassVar[bool] = False
+    """Whether it reads response_offsets, logp_R and eos_logp_R."""
+    needs_eos: ClassVar[bool] = False
+    """Whether it reads EOS log-probs (the caller passes eos_id)."""
+    uses_reference: ClassVar[bool] = False
+    """Whether its published form divides by a reference policy."""
+
+
+class Groups:
+    """Responses side by side in their groups: [M] <-> [B, G]. Built on the host, so nothing waits for the device."""
+
+    def __init__(self, group_offsets: torch.Tensor, device: torch.device) -> None:
+        sizes_B = group_offsets.diff()
+        self.widest = int(sizes_B.max()) if sizes_B.numel() else 0
+        mask_BG = torch.arange(self.widest) < sizes_B[:, None]
+        self.position_M = mask_BG.flatten().nonzero()[:, 0].to(device)
+        self.mask_BG = mask_BG.to(device)
+        self.size_B = sizes_B.to(device)
+
+    def pad(self, values_M: torch.Tensor, fill: float | bool) -> torch.Tensor:
+        """[M] -> [B, G], `fill` where there is no response. Differentiable; each place is written once."""
+        flat = torch.full((self.mask_BG.numel(),), fill, dtype=values_M.dtype, device=values_M.device)
+        return flat.index_copy(0, self.position_M, values_M).view(self.mask_BG.shape)
+
+    def unpad(self, values_BG: torch.Tensor) -> torch.Tensor:
+        return values_BG.flatten()[self.position_M]
+
+    def mean(self, values_BG: torch.Tensor) -> torch.Tensor:
+        """[B, 1]: the mean over each group's responses; 0 for an empty group."""
+        total_B1 = values_BG.masked_fill(~self.mask_BG, 0.0).sum(1, keepdim=True)
+        return total_B1 / self.size_B.clamp(min=1)[:, None]
+
+    def first_best(self, reward_BG: torch.Tensor) -> torch.Tensor:
+        """[B, G] True at each group's highest reward, ties to the lowest index. NaN is never the best."""
+        if reward_BG.numel() == 0:
+            return self.mask_BG
+        known_BG = reward_BG.masked_fill(~self.mask_BG | reward_BG.isnan(), -torch.inf)
+        top_BG = (known_BG == known_BG.amax(1, keepdim=True)) & self.mask_BG
+        return top_BG & (top_BG.cumsum(1) == 1)
 
 
 def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -45,19 +95,15 @@ def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets.to(values.device))
 
 
-def group_mask(group_offsets: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """[B, G] True where group b has a g-th response; its True entries in row-major order are the responses."""
-    sizes_B = group_offsets.diff()
-    widest = int(sizes_B.max()) if sizes_B.numel() else 0
-    return (torch.arange(widest) < sizes_B[:, None]).to(device)
-
-
-def padded(values_M: torch.Tensor, mask_BG: torch.Tensor, fill: float | bool) -> torch.Tensor:
-    """[M] -> [B, G], `fill` where there is no response. Differentiable, and deterministic on every device."""
-    return torch.full(mask_BG.shape, fill, dtype=values_M.dtype, device=values_M.device).masked_scatter(
-        mask_BG, values_M
-    )
-
-
 def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutput:
     return LossOutput(per_group_B.sum() / max(per_group_B.numel(), 1), per_group_B, metrics)
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} = {value}; it must be positive")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}; use one of {', '.join(map(repr, choices))}")
