@@ -124,14 +124,14 @@ def scored_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> Sc
 
 
 def selected_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> SelectedGroup:
-    """The group with its selection as stored: positives by falling reward, negatives by rising, ties by index."""
+    """The group with its selection as stored: positives by falling reward, negatives by index."""
     scored = scored_from_row(row, embedding, where)
     marks = [response.get("selected") for response in row["responses"]]
     side = {name: [i for i, value in enumerate(marks) if value == name] for name in ("positive", "negative")}
     return SelectedGroup(
         scored=scored,
         positive=tuple(sorted(side["positive"], key=lambda i: -scored.reward[i])),
-        negative=tuple(sorted(side["negative"], key=lambda i: scored.reward[i])),
+        negative=tuple(side["negative"]),
         cost=_nan_if_null(row.get("cost")),
         skip_reason=row.get("skip_reason"),
     )
