@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ampo_fast.dispatch import resolve_impl
-from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows, head_chunk
+from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
 from ampo_fast.validation import check_head, check_offsets, check_vector
@@ -150,6 +150,11 @@ class _Plan:
     def out_stats(self) -> ResponseStats:
         return _with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
 
+    @property
+    def longest_group(self) -> int:
+        rows_B = self.stats.response_offsets[self.stats.group_offsets].diff()
+        return int(rows_B.max()) if rows_B.numel() else 0
+
     def group_runs(self) -> Iterator[tuple[int, int]]:
         """Runs [first, last) of whole groups that fit chunk_rows together; one group at least."""
         ends = self.stats.response_offsets[self.stats.group_offsets].tolist()
@@ -196,6 +201,7 @@ class _GroupedLoss(torch.autograd.Function):
         plan.eos_logp_R = None if options.eos_id is None else torch.zeros_like(plan.logp_R)
         gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
         loss = hidden_RD.new_zeros((), dtype=work)
+        buffer = logit_buffer(hidden_RD, weight_VD, max(plan.chunk_rows, plan.longest_group))
         for first, last in plan.group_runs():
             rows, part = plan.chunk_stats(first, last)
             if rows.start == rows.stop:
@@ -203,7 +209,7 @@ class _GroupedLoss(torch.autograd.Function):
                     _with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
                 ).per_group_B.sum()
                 continue
-            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
             plan.logp_R[rows] = chunk.logp_R
             if plan.eos_logp_R is not None:
                 plan.eos_logp_R[rows] = chunk.eos_logp_R

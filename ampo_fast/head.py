@@ -48,20 +48,29 @@ def head_chunk(
     bias_V: torch.Tensor | None,
     options: HeadOptions,
     impl: str,
+    buffer: torch.Tensor | None = None,
 ) -> HeadChunk:
+    """buffer: from logit_buffer, overwritten; the chunk before, if it used the same one, is then no more."""
+    logits_RV = None if buffer is None else buffer[: hidden_RD.shape[0]]
+    logits_RV = torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
     kind = _TritonChunk if impl == "triton" else _TorchChunk
-    return kind(hidden_RD, weight_VD, target_R, bias_V, options)
+    return kind(logits_RV, target_R, bias_V, options)
+
+
+def logit_buffer(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, chunk_rows: int) -> torch.Tensor:
+    """Room for one chunk's logits, reused by all of them: on a CPU every fresh page of it would be faulted in again."""
+    return hidden_RD.new_empty(min(chunk_rows, hidden_RD.shape[0]), weight_VD.shape[0])
 
 
 class _TritonChunk:
     """cuBLAS makes the logits, in the weight's dtype; one Triton pass reads them, a second one overwrites them."""
 
-    def __init__(self, hidden_RD, weight_VD, target_R, bias_V, options: HeadOptions) -> None:
+    def __init__(self, logits_RV, target_R, bias_V, options: HeadOptions) -> None:
         from ampo_fast.kernels import row_pass
 
         self._row_pass, self.target_R, self.options = row_pass, target_R, options
         self._bias_V = bias_V
-        self.logits_RV = hidden_RD @ weight_VD.t()
+        self.logits_RV = logits_RV
         self._lse_R, self.logp_R, self._rest_R, self.eos_logp_R = row_pass.row_logprob(
             self.logits_RV, target_R, bias_V, options.temperature, options.softcap, options.eos_id
         )
@@ -83,19 +92,14 @@ class _TorchChunk:
     """
 
     def __init__(
-        self,
-        hidden_RD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        target_R: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        options: HeadOptions,
+        self, logits_RV: torch.Tensor, target_R: torch.Tensor, bias_V: torch.Tensor | None, options: HeadOptions
     ) -> None:
         self.target_R1 = target_R[:, None]
         self.options = options
-        work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
-        self.values_RV = (hidden_RD @ weight_VD.t()).to(work)
+        work = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
+        self.values_RV = logits_RV.to(work)
         self.slope_RV = None if options.softcap is None else torch.empty_like(self.values_RV)
-        num_rows = hidden_RD.shape[0]
+        num_rows = logits_RV.shape[0]
         self.logp_R, self._others_R, self._own_R = (self.values_RV.new_empty(num_rows) for _ in range(3))
         self.eos_logp_R = None if options.eos_id is None else self.values_RV.new_empty(num_rows)
         for rows in self._row_blocks():

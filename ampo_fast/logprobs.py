@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ampo_fast.dispatch import resolve_impl
-from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk
+from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.validation import check_head
 
 
@@ -63,8 +63,9 @@ class _LinearLogprob(torch.autograd.Function):
         keep_jacobian = need_hidden and not need_weight and not need_bias and options.eos_id is None
         keep_jacobian = keep_jacobian and options.softcap is None
         jacobian_RD = torch.empty_like(hidden_RD) if keep_jacobian else None
+        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
         for rows in _chunks(num_rows, weight_VD):
-            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, impl)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, impl, buffer)
             logp_R[rows] = chunk.logp_R
             if eos_logp_R is not None:
                 eos_logp_R[rows] = chunk.eos_logp_R
@@ -81,8 +82,9 @@ class _LinearLogprob(torch.autograd.Function):
         if ctx.jacobian_RD is not None:
             return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), None, None, None, None, None
         gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
         for rows in _chunks(hidden_RD.shape[0], weight_VD):
-            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options, ctx.impl)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options, ctx.impl, buffer)
             eos_rows = None if ctx.options.eos_id is None else grad_eos_R[rows]
             gradients.add(rows, chunk.logit_gradient(grad_R[rows], eos_rows))
         return (*gradients.result(), None, None, None)
