@@ -106,8 +106,8 @@ def select_responses(
         seed=seed,
         time_limit=time_limit,
     )
-    check_finite("rewards", problem.rewards[problem.valid])
-    check_finite("embeddings", problem.points[problem.valid])
+    _check_finite_where("rewards", problem.rewards, problem.valid)
+    _check_finite_where("embeddings", problem.points, problem.valid)
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
 
@@ -352,6 +352,12 @@ def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
     if mask.shape != (n,):
         raise ValueError(f"{name} must have shape [{n}], got {tuple(mask.shape)}")
     return mask.detach().cpu().bool()
+
+
+def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> None:
+    # A sum is finite only where all its terms are. It copies nothing; picking the valid rows first copies them all.
+    if rows.numel() and not bool(rows.sum().isfinite()):
+        check_finite(name, rows[valid])
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

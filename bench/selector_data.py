@@ -5,9 +5,7 @@ Shapes: B prompts, M responses of a prompt, N candidates of a group, E embedding
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
+
+from ampo_fast.jsonl import read_jsonl
 
 EMBEDDING = 384
 RESPONSES = 48
@@ -93,9 +93,7 @@ def pool(prompts: Prompts, size: int, noise: float = 0.3) -> torch.Tensor:
 
 
 def _rows(path: Path, num_prompts: int) -> list[dict]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        rows = [row for row in map(json.loads, file) if len(row["responses"]) >= RESPONSES][:num_prompts]
+    rows = [row for _, row in read_jsonl(path) if len(row["responses"]) >= RESPONSES][:num_prompts]
     if not rows:
         raise ValueError(f"{path} has no prompt with {RESPONSES} responses")
     return rows

@@ -73,6 +73,7 @@ class Selector {
     weigh();
     rows_.take(input_.points, begin_, count_);
     bound_ = 0.0;
+    has_distances_ = false;
     std::vector<int64_t> chosen = int64_t(eligible_.size()) == k_ ? eligible_ : choose(group);
     std::sort(chosen.begin(), chosen.end());
     std::copy(positives_.begin(), positives_.end(), positive);
@@ -127,15 +128,34 @@ class Selector {
   }
 
   double cost_of(const std::vector<int64_t>& chosen) {
+    double cost = 0.0;
+    const std::vector<double> nearest = has_distances_ ? nearest_in_matrix(chosen) : nearest_from_rows(chosen);
+    for (size_t c = 0; c < clients_.size(); ++c) cost += weight_[c] * nearest[c];
+    return cost * shift_;
+  }
+
+  // Both give the same bits: the matrix holds the square roots of the same squared distances.
+  std::vector<double> nearest_in_matrix(const std::vector<int64_t>& chosen) const {
+    std::vector<double> nearest;
+    for (const int64_t i : clients_) {
+      const double* row = matrix_.data() + place_[i] * int64_t(valid_.size());
+      double least = kInfinity;
+      for (const int64_t j : chosen) least = std::min(least, row[place_[j]]);
+      nearest.push_back(least);
+    }
+    return nearest;
+  }
+
+  std::vector<double> nearest_from_rows(const std::vector<int64_t>& chosen) const {
     std::vector<const T*> columns;
     for (const int64_t j : chosen) columns.push_back(rows_.row[j]);
     std::vector<T> squared(chosen.size());
-    double cost = 0.0;
-    for (size_t c = 0; c < clients_.size(); ++c) {
-      squared_to_many(rows_.row[clients_[c]], columns.data(), int64_t(columns.size()), input_.points.dim, squared.data());
-      cost += weight_[c] * double(std::sqrt(*std::min_element(squared.begin(), squared.end())));
+    std::vector<double> nearest;
+    for (const int64_t i : clients_) {
+      squared_to_many(rows_.row[i], columns.data(), int64_t(columns.size()), input_.points.dim, squared.data());
+      nearest.push_back(double(std::sqrt(*std::min_element(squared.begin(), squared.end()))));
     }
-    return cost * shift_;
+    return nearest;
   }
 
   std::vector<int64_t> choose(int64_t group) {
@@ -218,15 +238,16 @@ class Selector {
   void make_problem() {
     fill_matrix(valid_, Metric::kEuclidean);
     const int64_t width = int64_t(valid_.size());
-    std::vector<int64_t> place(count_, -1);
-    for (int64_t p = 0; p < width; ++p) place[valid_[p]] = p;
+    place_.assign(count_, -1);
+    for (int64_t p = 0; p < width; ++p) place_[valid_[p]] = p;
+    has_distances_ = true;
     problem_.num_clients = int64_t(clients_.size());
     problem_.num_facilities = int64_t(eligible_.size());
     problem_.cost.resize(clients_.size() * eligible_.size());
     double* cost = problem_.cost.data();
     for (const int64_t j : eligible_) {
-      const double* row = matrix_.data() + place[j] * width;
-      for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place[clients_[c]]];
+      const double* row = matrix_.data() + place_[j] * width;
+      for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place_[clients_[c]]];
     }
     scale_ = problem_.round_costs(k_);
   }
@@ -265,6 +286,8 @@ class Selector {
   std::vector<double> weight_, matrix_;
   double shift_ = 1.0, bound_ = 0.0, scale_ = 1.0;
   bool is_optimal_ = false;
+  bool has_distances_ = false;   // matrix_ holds the Euclidean distances between valid candidates
+  std::vector<int64_t> place_;  // of a candidate among the valid ones
   Rows<T> rows_;
   Coverage problem_;
 };
