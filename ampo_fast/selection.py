@@ -26,6 +26,7 @@ except ImportError:  # a checkout that was never built: the torch path still ans
 log = logging.getLogger(__name__)
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
+_MAX_INDICES = 1 << 32
 _METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
@@ -91,6 +92,10 @@ def select_responses(
     n = rewards.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
     num_groups = len(offsets) - 1
+    if num_groups * max(k, positives) > _MAX_INDICES:
+        raise ValueError(f"k = {k} and positives = {positives} ask for more than {_MAX_INDICES} indices; lower them")
+    if time_limit is not None and math.isnan(time_limit):
+        raise ValueError("time_limit is NaN; use seconds, or None for no limit")
     problem = _Problem(
         points=embeddings.detach().cpu(),
         rewards=rewards.detach().cpu().double(),
