@@ -321,7 +321,7 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
   double cost = 0.0;
   for (int c = 0; c < s.num_clients; ++c) cost += s.first[c];  // in order, as on the CPU
   cost *= plan.shift;
-  const double bound = isinf(s.bound) ? s.bound : s.bound * plan.shift;
+  const double bound = s.bound == INFINITY ? s.bound : s.bound * plan.shift;
   args.cost[blockIdx.x] = cost;
   args.lower_bound[blockIdx.x] = fmin(bound, cost);
   args.proven[blockIdx.x] = bound >= cost;
