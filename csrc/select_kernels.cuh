@@ -11,20 +11,13 @@
 #include "cuda_block.cuh"
 #include "exact_scale.h"
 #include "select.h"
+#include "select_plan.h"
 
 namespace ampo {
 
 constexpr int kMaxChosen = int(kMaxCudaK);
 constexpr int kDims = 32;  // of a point that lie in shared memory at a time
 constexpr int kNothing = -1;
-
-enum class DeviceStrategy : int { kGiven, kKCenter, kOptSelect };
-
-struct GroupPlan {
-  int64_t begin;  // of the group's points, and of its entries in `eligible`, `client` and `weight`
-  double shift;
-  int32_t count, k, num_eligible, num_clients;  // k = 0: degenerate
-};
 
 struct GroupArgs {
   const void* points;  // [n, dim] row-major
