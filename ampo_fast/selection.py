@@ -77,6 +77,7 @@ def select_responses(
         valid: bool [n]; False is never selected and counted nowhere. positive_ok: bool [n]; False can only be negative.
         tie_tol: a candidate with reward >= the positive's - tie_tol is no negative.
         keys: int64 [B], stable ids that seed "random" and "coreset" together with `seed`.
+        impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
         ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid.
     """

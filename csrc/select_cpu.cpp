@@ -76,7 +76,7 @@ class Selector : Group {
     std::copy(chosen.begin(), chosen.end(), negative);
     const double cost = cost_of(chosen);
     // The only choice there is, or one that was proven: the optimum.
-    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : bound_ * shift_;
+    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : shifted(bound_);
     out.cost[group] = cost;
     out.lower_bound[group] = std::min(bound, cost);
     out.proven[group] = bound >= cost;
@@ -88,7 +88,7 @@ class Selector : Group {
     double cost = 0.0;
     const std::vector<double> nearest = has_distances_ ? nearest_in_matrix(chosen) : nearest_from_rows(chosen);
     for (size_t c = 0; c < clients_.size(); ++c) cost += weight_[c] * nearest[c];
-    return cost * shift_;
+    return shifted(cost);
   }
 
   // Both give the same bits: the matrix holds the square roots of the same squared distances.

@@ -23,6 +23,9 @@ struct Group {
   // k of the eligible, by the group's key.
   std::vector<int64_t> random_choice(int64_t group) const;
 
+  // A weighted sum with what its weights lack; 0 stays 0 where the shift overflows.
+  double shifted(double sum) const { return sum == 0.0 ? 0.0 : sum * shift_; }
+
   const SelectInput& input_;
   const SelectOptions& options_;
   int64_t begin_ = 0, count_ = 0, k_ = 0;

@@ -313,8 +313,8 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
   if (t != 0) return;
   double cost = 0.0;
   for (int c = 0; c < s.num_clients; ++c) cost += s.first[c];  // in order, as on the CPU
-  cost *= plan.shift;
-  const double bound = s.bound == INFINITY ? s.bound : s.bound * plan.shift;
+  cost = cost == 0.0 ? 0.0 : cost * plan.shift;  // the shift may have overflowed
+  const double bound = s.bound == INFINITY || s.bound == 0.0 ? s.bound : s.bound * plan.shift;
   args.cost[blockIdx.x] = cost;
   args.lower_bound[blockIdx.x] = fmin(bound, cost);
   args.proven[blockIdx.x] = bound >= cost;

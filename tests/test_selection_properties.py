@@ -15,6 +15,7 @@ from ampo_fast import k_center, k_medoids, pairwise_distances, select_responses
 from ampo_fast.selection import STRATEGIES
 
 IMPLS = ("torch", "cpp")
+MANY = [s for s in STRATEGIES if s != "best_worst"]
 
 
 class BruteForce:
@@ -163,6 +164,19 @@ def test_degenerate_groups_are_answered_as_documented(strategy, impl):
     assert out.cost.isnan().tolist() == [True, True, False, False, True]
     assert out.cost[2:4].tolist() == [0.0, 0.0]
     assert not out.proven[[0, 1, 4]].any()
+
+
+@pytest.mark.parametrize("strategy", MANY)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rewards_too_far_apart_for_exp_give_inf_or_zero_never_nan(strategy, impl):
+    # Weights relative to the largest: those below 1e-308 of it count as 0.
+    rewards = torch.tensor([0.0, -3000.0, 3000.0, 10.0, -20.0])
+    for points, costs in ((torch.eye(5), (0.0, math.inf)), (torch.ones(5, 2), (0.0,))):
+        out = select_responses(points, rewards, 2, strategy=strategy, impl=impl)
+        assert out.cost[0].item() in costs
+        assert not out.lower_bound.isnan().any()
+        assert out.lower_bound[0] <= out.cost[0]
+        assert out.positive.tolist() == [[2]]
 
 
 HUGE = torch.zeros(1, 1).expand(70_000, 1)  # 70,000^2 distances do not fit
