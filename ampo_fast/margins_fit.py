@@ -39,22 +39,36 @@ def fit_gamma(margins: Sequence[float], labels: Sequence[float]) -> float:
     wrong = [y for y in labels if not 0.0 <= y <= 1.0]
     if wrong:
         raise ValueError(f"labels must be in [0, 1], got {wrong[0]}")
-    told = [(m, y) for m, y in zip(margins, labels, strict=True) if m != 0.0]
-    if not told:
+    if all(m == 0.0 for m in margins):
         raise ValueError("every margin is 0: equal scores say nothing about gamma")
-    if all(y == (m > 0) for m, y in told):
+    if all(y == (m > 0) for m, y in zip(margins, labels, strict=True) if m):
         raise ValueError(
             "the labels are the sign of the margin, so the likelihood grows with gamma without end: labels must be "
             "independent of the scores (votes, a second judge); else give gamma, or an agreement rate"
         )
-
-    def slope(gamma: float) -> float:
-        return math.fsum(m * (y - sigmoid(gamma * m)) for m, y in told)
-
-    # At 0 each term is m (y - 1/2): not positive means that the labels go against the scores, or with neither.
-    if slope(0.0) <= 0.0:
+    gamma = fit_slope(margins, labels)
+    if gamma <= 0.0:
         raise ValueError("the labels do not agree with the margins (the best gamma is not above 0): check their signs")
-    return _root(slope, max(abs(m) for m, _ in told))
+    return gamma
+
+
+def fit_slope(x: Sequence[float], labels: Sequence[float]) -> float:
+    """The w that maximises sum_i [y_i log sigmoid(w x_i) + (1 - y_i) log sigmoid(-w x_i)]: logistic regression, no intercept.
+
+    0 where x is 0 throughout. Raises ValueError where the sign of x is the label (or its opposite): no maximum.
+    """
+    told = [(value, y) for value, y in zip(x, labels, strict=True) if value != 0.0]
+    if not told:
+        return 0.0
+    # The likelihood is concave, so its slope at 0 says on which side the maximum lies.
+    sign = 1.0 if math.fsum(value * (y - 0.5) for value, y in told) >= 0.0 else -1.0
+    if all(y == (sign * value > 0) for value, y in told):
+        raise ValueError("the sign of x is the label throughout: the likelihood grows without end")
+
+    def slope(w: float) -> float:
+        return math.fsum(sign * value * (y - sigmoid(sign * w * value)) for value, y in told)
+
+    return sign * _root(slope, max(abs(value) for value, _ in told)) if slope(0.0) > 0.0 else 0.0
 
 
 def gamma_for_agreement(margins: Sequence[float], rate: float) -> float:
