@@ -64,6 +64,16 @@ class FrozenBlocks:
             self._keep(key, seen[0][row, start:end])
         return result
 
+    def share(self, other: FrozenBlocks) -> None:
+        """Uses, and adds to, the outputs that `other` keeps: for a second model of the same frozen weights.
+
+        Raises ValueError where the frozen blocks differ.
+        """
+        mine, theirs = (blocks._blocks[: blocks.count].state_dict() for blocks in (self, other))
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            raise ValueError("the frozen blocks differ: their outputs cannot be shared")
+        self._kept, self._left = other._kept, other._left
+
     def _keep(self, key: Hashable, hidden_LD: torch.Tensor) -> None:
         size = hidden_LD.numel() * hidden_LD.element_size()
         if key in self._kept:
