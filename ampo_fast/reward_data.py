@@ -11,8 +11,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from ampo_fast.config import LossConfig
 from ampo_fast.data import load_prompts
+from ampo_fast.margins_fit import resolve_gamma
 from ampo_fast.reward_config import RewardDataConfig
 from ampo_fast.types import GivenResponse, Prompt
 
@@ -135,3 +138,23 @@ def check_margins(groups: Sequence[Prompt], loss_name: str) -> None:
             f"loss.name = {loss_name!r} reads margins, and every margin here is {sizes.pop()} (pairs without scores have "
             "1): it would be label smoothing only; give scores, or use BradleyTerry"
         )
+
+
+def fitted_params(config: LossConfig, normalize: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """loss.params for `ampo-fast train`: MMPO's gamma resolved on the rewards that came with the prompts.
+
+    Raises ValueError where a fit is asked for and the rewards did not come with the data, or are rescaled per group
+    (their margins are then not those that were fitted).
+    """
+    if config.name != "MMPO":
+        return config.params
+    given = [replace(p, responses=tuple(r for r in p.responses if r.reward is not None)) for p in prompts]
+    margins, labels = margins_and_labels(given)
+    if not isinstance(config.params.get("gamma", 1.0), int | float):
+        if not margins:
+            raise ValueError('gamma is fitted on given rewards: it needs data with responses (rollout.engine = "data")')
+        if normalize not in ("auto", "none"):
+            raise ValueError(
+                f'gamma is fitted on the raw rewards, but reward.normalize = {normalize!r}; set it to "none"'
+            )
+    return resolve_gamma(config.params, margins, labels)

@@ -32,6 +32,7 @@ from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import micro_batches, pack
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
+from ampo_fast.reward_data import fitted_params
 from ampo_fast.rewards import make_reward, score_group, score_groups
 from ampo_fast.rollouts import TransformersEngine, generation_batches, make_engine
 from ampo_fast.run_dir import open_run_dir
@@ -61,9 +62,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
-        self.loss_fn = make_loss(config)
         self.policy = Policy.load(config.model)
         self.train_prompts = self._prompts(config.data.train, "data.train")
+        self.loss_fn = make_loss(config, self.train_prompts)
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.policy)
@@ -362,13 +363,13 @@ class Trainer:
         return summary
 
 
-def make_loss(config: Config) -> Any:
-    """The loss that loss.name and loss.params name, plus the NLL term where asked for."""
+def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Any:
+    """The loss that loss.name and loss.params name, plus the NLL term where asked for; gamma fitted on given rewards."""
     known = [name for name in losses.__all__ if isinstance(getattr(losses, name), type)]
     if config.loss.name not in known:
         raise ValueError(f"loss.name = {config.loss.name!r}; known: {', '.join(known)}")
     try:
-        loss = getattr(losses, config.loss.name)(**config.loss.params)
+        loss = getattr(losses, config.loss.name)(**fitted_params(config.loss, config.reward.normalize, prompts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:

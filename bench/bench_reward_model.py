@@ -209,7 +209,8 @@ def _time_trl(options: argparse.Namespace, work: Path, pairs: list[dict], **sett
     arguments = RewardConfig(
         output_dir=str(work / "trl"), per_device_train_batch_size=16, num_train_epochs=1, bf16=False,
         gradient_checkpointing=False, max_length=None, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, learning_rate=options.lr, length_column_name="length", **settings,
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, learning_rate=options.lr,
+        length_column_name="length", **settings,
     )  # fmt: skip
     trainer = TRLRewardTrainer(
         model=loaded.model,
