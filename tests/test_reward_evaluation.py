@@ -159,3 +159,30 @@ def test_a_scorer_that_is_not_one_is_named(fields, match):
 def test_an_untrained_head_is_refused(tiny_model, pairs, capsys):
     assert cli.main(["evaluate", "--reward-model", str(tiny_model), "--pairs", str(pairs)]) == 2
     assert "--reward-model" in capsys.readouterr().err
+
+
+def test_rewardbench_rows_are_read(tiny_model, tmp_path, capsys):
+    row = {
+        "prompt": "q",
+        "chosen": "good",
+        "chosen_model": "x",
+        "rejected": "bad",
+        "rejected_model": "y",
+        "subset": "s",
+        "id": 3,
+    }
+    path = tmp_path / "bench.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    arguments = [
+        "evaluate",
+        "--policy",
+        str(tiny_model),
+        "--reference",
+        str(tiny_model),
+        "--pairs",
+        str(path),
+        "--json",
+    ]
+    assert cli.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["num_pairs"], result["accuracy"], result["log_loss"]) == (1, 0.0, pytest.approx(math.log(2)))
