@@ -207,8 +207,8 @@ def recipe_path(name: str) -> Path:
     return recipes / f"{name}.toml"
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once.
+def load_config(name: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
+    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once against `schema`.
 
     Raises ValueError with every problem in one message: field, value got, and the nearest name for an unknown key.
     """
@@ -220,14 +220,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{path}: {error}") from None
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
-    return build_config(values, source=str(path))
+    return build_config(values, source=str(path), schema=schema)
 
 
-def build_config(values: dict[str, Any], source: str = "config") -> Config:
+def build_config(values: dict[str, Any], source: str = "config", schema: type[Section] = Config) -> Any:
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = [_describe(problem, schema) for problem in error.errors()]
         raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -264,10 +264,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, schema: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = [path for path, _ in field_paths()] + list(Config.model_fields)
+        names = [path for path, _ in field_paths(schema)] + list(schema.model_fields)
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"unknown key {key}{hint}"

@@ -93,7 +93,7 @@ class Policy(nn.Module):
 
     def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
         plan = attention.SegmentPlan.build(batch.segments, self.compute_dtype, self.device)
-        with _attention_implementation(self.model, attention.NAME):
+        with attention_implementation(self.model, attention.NAME):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
             ).last_hidden_state[0]
@@ -155,7 +155,7 @@ class Policy(nn.Module):
 
 
 @contextlib.contextmanager
-def _attention_implementation(model: Any, name: str):
+def attention_implementation(model: Any, name: str):
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = name
@@ -211,7 +211,7 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or torch.float32
-    with _attention_implementation(policy.model, "sdpa"):
+    with attention_implementation(policy.model, "sdpa"):
         state = {name: tensor.detach().to(dtype) for name, tensor in policy.model.state_dict().items()}
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)

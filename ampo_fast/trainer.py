@@ -31,7 +31,7 @@ from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.types import Prompt
-from ampo_fast.update import Updater, make_loss
+from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,13 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
-        make_loss(config)  # a loss that cannot be built is said before the model is loaded
         self.policy = Policy.load(config.model)
         self.train_prompts = self._prompts(config.data.train, "data.train")
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.policy)
         self.reward_fn = make_reward(config, self.embedder)
-        self.updater = Updater(config, self.policy)
+        self.updater = Updater(config, self.policy, self.train_prompts)
         self.engine = make_engine(config, self.policy)
         self.run_dir = open_run_dir(config, resume)
         self.state: dict[str, Any] = {
