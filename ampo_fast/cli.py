@@ -199,7 +199,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast.trainer import train
 
     summary = train(config, resume=options.resume == "auto")
-    print(json.dumps(summary), flush=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank has the summary
+        print(json.dumps(summary), flush=True)
     return 0
 
 

@@ -32,6 +32,9 @@ class RunConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         ("tensorboard",), description="Besides metrics.jsonl, which is always written."
     )
+    timeout_s: Annotated[float, Field(gt=0.0)] = Field(
+        1800.0, description="How long a rank waits for the others before it names the one that hangs."
+    )
 
 
 class DataConfig(Section):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ampo_fast import attention
+from ampo_fast import attention, distributed
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
@@ -55,7 +55,27 @@ class Policy(nn.Module):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
-        return cls(model, tokenizer, config, source)
+        return cls(model.to(distributed.device()), tokenizer, config, source)
+
+    @classmethod
+    def load_replica(cls, config: ModelConfig) -> Policy:
+        """A whole copy for sampling and scoring beside a sharded policy: parameters in the compute type, none trained."""
+        policy = cls.load(config).requires_grad_(False)
+        for parameter in policy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
+            parameter.data = parameter.data.to(policy.compute_dtype)
+        return policy
+
+    def shard(self) -> Policy:
+        """Spreads the parameters over all ranks (FSDP2), in place; nothing where there is one rank."""
+        if distributed.world_size() > 1:
+            distributed.shard(self, self.blocks, self.compute_dtype, methods=("token_logp",))
+        return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's layers, by what the model class says must not be split."""
+        names = set(self.model._no_split_modules or ())
+        return [module for module in self.model.modules() if type(module).__name__ in names]
 
     @property
     def device(self) -> torch.device:
@@ -206,13 +226,22 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit.
 
-    dtype defaults to float32. Raises RuntimeError when what was read back differs.
+    Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. dtype defaults to float32.
+    Raises RuntimeError when what was read back differs.
     """
+    dtype = dtype or torch.float32
+    state = {
+        name: tensor.to("cpu", dtype)
+        for name, tensor in distributed.whole_tensors(policy.model)
+        if distributed.is_main()
+    }
+    distributed.on_main(lambda: _write_and_compare(policy, directory, state, dtype))
+
+
+def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
-    dtype = dtype or torch.float32
     with _attention_implementation(policy.model, "sdpa"):
-        state = {name: tensor.detach().to(dtype) for name, tensor in policy.model.state_dict().items()}
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)
     reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()

@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 
+from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.model import Policy
+from ampo_fast.packing import balanced_shares
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 
@@ -34,14 +36,22 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     return TransformersEngine(policy, config.rollout.batch_rows)
 
 
-def generation_batches(lengths: Sequence[int], n: int, batch_rows: int) -> list[list[int]]:
+def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
     """Indices of the prompts decoded together: neighbours in length, at most batch_rows candidates (one prompt at least).
 
-    A pure function of the lengths, so that a resumed run decodes the same batches. A batch is what is saved or redone.
+    A pure function of its arguments, so that a resumed run decodes the same batches. A batch is what is saved or
+    redone. num_ranks: at least so many batches, where there are so many prompts.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    size = max(1, batch_rows // n)
+    size = max(1, min(batch_rows // n, -(-len(lengths) // num_ranks)))
     return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def rank_batches(lengths: Sequence[int], n: int, batch_rows: int, max_new_tokens: int) -> list[list[int]]:
+    """The generation batches of this rank: whole batches, dealt over the ranks by their tokens."""
+    batches = generation_batches(lengths, n, batch_rows, distributed.world_size())
+    weights = [sum(lengths[i] + n * max_new_tokens for i in batch) for batch in batches]
+    return [batches[i] for i in balanced_shares(weights, distributed.world_size())[distributed.rank()]]
 
 
 def stream_seed(*parts: object) -> int:
@@ -79,7 +89,8 @@ class DataEngine:
 
 
 class TransformersEngine:
-    """Samples with the trainer's own module: no server, no copy of the weights, bit-for-bit repeatable on a CPU.
+    """Samples in this process: no server, and bit-for-bit repeatable on a CPU. With one rank the policy is the trainer's
+    own module; with more, a replica that load_weights refreshes.
 
     The prompt is prefilled once and its keys and values repeated for the candidates. Candidate i of a prompt draws its
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
@@ -91,7 +102,11 @@ class TransformersEngine:
         self.version = 0
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version  # the module is shared, its weights are already there
+        own = self.policy.model.state_dict()
+        for name, tensor in named_tensors:
+            if own[name].data_ptr() != tensor.data_ptr():  # else it is the trainer's own module, already up to date
+                own[name].copy_(tensor)
+        self.version = version
 
     def close(self) -> None:
         pass

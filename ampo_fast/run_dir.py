@@ -11,7 +11,14 @@ from typing import Any
 from ampo_fast.config import Config
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
-_FREE = ("run.trackers", "run.dir", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every")
+_FREE = (
+    "run.trackers",
+    "run.dir",
+    "run.timeout_s",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+)
 
 
 def open_run_dir(config: Config, resume: bool) -> Path:

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 LEVELS = [
     {"types", "config", "jsonl", "assets", "metrics", "progress", "evaluation_summary", "_C", "templating"},
     {"validation", "reference", "selection_reference"},
+    {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
