@@ -1,8 +1,8 @@
 """Checkpoints that survive: written aside, synced, renamed; partial ones are never seen; no pickle.
 
 checkpoints/step_000030/ holds shard-*.safetensors, each rank's part of the parameters and of AdamW's moments in
-float32, written by torch.distributed.checkpoint, and state.json: format, world size, step, counters, and every shard's
-size. Any number of ranks may load what any other number saved. Everything random is keyed by (seed, step, prompt,
+float32, written by torch.distributed.checkpoint, and state.json: format, world size, counters, and every shard's size.
+Any number of ranks may load what any other number saved. Everything random is keyed by (seed, step, prompt,
 candidate), so there is no generator state to save.
 """
 
@@ -13,12 +13,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 
 from ampo_fast import distributed
 from ampo_fast.config import CheckpointConfig
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 """Of the directory. 1 was two whole safetensors files, written by a single process."""
 
+_WAY_OUT = "delete that directory to fall back to the checkpoint before"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -55,7 +58,7 @@ def save_checkpoint(
     try:
         distributed.on_main(lambda: _open_aside(aside, tensors))
         _collective(lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}")
-        distributed.on_main(lambda: _commit(aside, target, {"step": step, **state}))
+        distributed.on_main(lambda: _commit(aside, target, state))
     except BaseException:
         if distributed.is_main():
             shutil.rmtree(aside, ignore_errors=True)
@@ -71,23 +74,28 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     """
     state = distributed.on_main(lambda: _read_state(path))
     reader = dcp.HuggingFaceStorageReader(str(path))
-    shapes = {name: tuple(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
-    _check_model(path, _tensors(policy, optimizer), shapes)
+    try:
+        shapes = {name: tuple(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
+        _check_model(path, _tensors(policy, optimizer), shapes)
+        _make_moments(policy, optimizer, shapes)
+        distributed.reshard(policy)  # else the whole parameters that a forward left behind hide what is loaded
+        tensors = _tensors(policy, optimizer)
+        _collective(lambda options: dcp.load(tensors, storage_reader=reader, **options), f"read {path}")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error}); {_WAY_OUT}") from error
+    return state
+
+
+def _make_moments(policy: Policy, optimizer: torch.optim.Optimizer, saved: Collection[str]) -> None:
+    """AdamW's state, sharded as its parameter, for every parameter that had been trained when the checkpoint was made."""
     for name, parameter in policy.model.named_parameters():
         optimizer.state.pop(parameter, None)
-        if f"optimizer.{name}.exp_avg" in shapes:
+        if f"optimizer.{name}.exp_avg" in saved:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    distributed.reshard(policy)
-    tensors = _tensors(policy, optimizer)
-    try:
-        _collective(lambda options: dcp.load(tensors, storage_reader=reader, **options), f"read {path}")
-    except OSError as error:
-        raise ValueError(f"{error}; delete {path} to fall back to the checkpoint before") from error
-    return state
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
@@ -100,7 +108,9 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 def _collective(work: Callable[[dict[str, Any]], Any], what: str) -> None:
     """Runs a DCP call; what any rank's file system says is an OSError on every rank."""
     try:
-        work({"no_dist": distributed.world_size() == 1})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*in a single process")  # that is what was asked for
+            work({"no_dist": distributed.world_size() == 1})
     except dcp.CheckpointException as error:  # a BaseException, with what every rank met
         where, cause = next(iter(error.failures.items()))
         raise OSError(f"cannot {what} (rank {where}: {cause[0]})") from error
@@ -138,21 +148,20 @@ def _commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The caller's part of state.json, after checking that every shard is there and whole."""
-    way_out = f"delete {path} to fall back to the checkpoint before"
     try:
         header = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {path / 'state.json'} cannot be read ({error}); {way_out}") from error
+        raise ValueError(f"checkpoint {path / 'state.json'} cannot be read ({error}); {_WAY_OUT}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
-            f"checkpoint {path} has format {header.get('format', 1)}, this version reads {FORMAT}; {way_out}"
+            f"checkpoint {path} has format {header.get('format', 1)}, this version reads {FORMAT}; {_WAY_OUT}"
         )
     for name, size in header["files"].items():
         shard = path / name
         have = shard.stat().st_size if shard.exists() else None
         if have != size:
             problem = "is missing" if have is None else f"has {have} bytes of {size}: truncated"
-            raise ValueError(f"checkpoint shard {shard} {problem}; {way_out}")
+            raise ValueError(f"checkpoint shard {shard} {problem}; {_WAY_OUT}")
     return header["state"]
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None
 _timeout_s = 1800.0
+_groups = itertools.count()
 
 
 def rank() -> int:
@@ -66,9 +69,9 @@ def process_group(timeout_s: float) -> Iterator[None]:
     _store = _meet(own, size, timeout)
     # The CPU's gloo beside NCCL carries the objects that ranks exchange, and the checkpoints.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", _store), rank=own, world_size=size, timeout=timeout
-    )
+    # A name of its own for every group of this process: the addresses that the last one left in the store are dead.
+    named = dist.PrefixStore(f"group/{next(_groups)}", _store)
+    dist.init_process_group(backend, store=named, rank=own, world_size=size, timeout=timeout)
     try:
         yield
     finally:
@@ -96,12 +99,14 @@ def _meet(own: int, size: int, timeout: datetime.timedelta) -> dist.Store:
     # torchrun keeps one store over its restarts: an earlier attempt's ranks must not count as duplicates.
     store = dist.PrefixStore(f"ampo_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     store.set_timeout(timeout)
-    if store.add(f"came/{own}", 1) > 1:
-        raise ValueError(f"two processes have RANK = {own} of {size}; every process needs its own")
+    me = f"process {os.getpid()} on {platform.node()}"
+    other = store.compare_set(f"who/{own}", "", me).decode()
+    if other != me:
+        raise ValueError(f"RANK = {own} of {size} is claimed by {me} and by {other}; every process needs its own")
     try:
-        store.wait([f"came/{other}" for other in range(size)], timeout)
+        store.wait([f"who/{other}" for other in range(size)], timeout)
     except RuntimeError as error:
-        missing = [other for other in range(size) if not store.check([f"came/{other}"])]
+        missing = [other for other in range(size) if not store.check([f"who/{other}"])]
         named = ", ".join(map(str, missing))
         raise TimeoutError(
             f"rank {own} waited {timeout.total_seconds():.0f} s (run.timeout_s) for rank {named} of {size}; "
