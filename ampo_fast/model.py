@@ -7,6 +7,7 @@ Shapes: T packed tokens, R predicted response tokens, D hidden, V vocab, B group
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ampo_fast import attention, distributed
 from ampo_fast.assets import resolve_model
@@ -64,6 +66,12 @@ class Policy(nn.Module):
         for parameter in policy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
             parameter.data = parameter.data.to(policy.compute_dtype)
         return policy
+
+    def checkpoint_activations(self) -> Policy:
+        """Keeps only each block's input for the backward, which runs the block again; the head is never run twice."""
+        for block in self.blocks:
+            block.forward = functools.partial(_checkpointed, block.forward)
+        return self
 
     def shard(self) -> Policy:
         """Spreads the parameters over all ranks (FSDP2), in place; nothing where there is one rank."""
@@ -172,6 +180,13 @@ class Policy(nn.Module):
         theirs = self.model(input_ids=ids, use_cache=False).logits
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
             raise ValueError(f"{type(self.model).__name__} changes its logits after the head (scaling?); not supported")
+
+
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # Always in eval mode, so there is no dropout whose random state a second run would have to meet again.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @contextlib.contextmanager

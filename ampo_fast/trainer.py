@@ -60,6 +60,8 @@ class Trainer:
         is_alone = distributed.world_size() == 1
         self.load_whole = Policy.load if is_alone else Policy.load_replica
         self.actor = self.policy if is_alone else self.load_whole(config.model)
+        if config.optim.activation_checkpointing:
+            self.policy.checkpoint_activations()
         self.policy.shard()
         self.train_prompts = self._prompts(config.data.train, "data.train")
         self.eval_prompts = self._eval_prompts()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -90,7 +91,7 @@ class Updater:
             with progress.phase("pack"):
                 batch = self._with_reference(pack(groups, device) if groups else idle_batch(device))
             distributed.sync_gradients(self.policy, i + 1 == len(own))
-            with progress.phase("forward_backward"):
+            with progress.phase("forward_backward"), _named_out_of_memory(batch):
                 # An idle rank's loss counts for nothing: over infinity, so are its gradients.
                 normalizer = len(trained) if groups else math.inf
                 loss, part = self.policy(batch, self.loss_fn, normalizer, eos_id=self.eos_id)
@@ -119,3 +120,16 @@ class Updater:
                 f"{_MAX_NONFINITE_STEPS} steps in a row had a non-finite loss or gradient; nothing was trained on them. "
                 "Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/"
             )
+
+
+@contextlib.contextmanager
+def _named_out_of_memory(batch: PackedBatch) -> Iterator[None]:
+    """Turns an accelerator's out-of-memory error into a MemoryError that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"out of memory on rank {distributed.rank()} in a micro-batch of {batch.token_T.numel()} tokens; lower "
+            "optim.micro_batch_tokens, set optim.activation_checkpointing = true, or lower rollout.max_new_tokens; "
+            f"more ranks share the parameters ({str(error).splitlines()[0]})"
+        ) from error
