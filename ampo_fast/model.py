@@ -22,7 +22,8 @@ from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
-from ampo_fast.types import PackedBatch
+from ampo_fast.packing import pack_responses
+from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,10 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.source = source
         self.compute_dtype = getattr(torch, config.dtype)
-        self.is_shared = _decide_shared(model, config.attention)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.stop_ids = _stop_ids(model, tokenizer)
         self._check_head()
+        self.is_shared = self._decide_shared(config.attention)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
@@ -70,7 +71,7 @@ class Policy(nn.Module):
     def checkpoint_activations(self) -> Policy:
         """Keeps only each block's input for the backward, which runs the block again; the head is never run twice."""
         for block in self.blocks:
-            block.forward = functools.partial(_checkpointed, block.forward)
+            block.forward = functools.partial(_checkpointed, self.model, block.forward)
         return self
 
     def shard(self) -> Policy:
@@ -120,7 +121,7 @@ class Policy(nn.Module):
         return hidden_TD[batch.row_R] if self.is_shared else hidden_TD
 
     def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
-        plan = attention.SegmentPlan.build(batch.segments, self.compute_dtype, self.device)
+        plan = attention.SegmentPlan.build(batch.segments)
         with _attention_implementation(self.model, attention.NAME):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
@@ -169,6 +170,30 @@ class Policy(nn.Module):
         weight_VD = self.head.weight.to(hidden_RD.dtype)
         return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
 
+    def _decide_shared(self, wanted: str) -> bool:
+        """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""
+        if wanted == "unshared":
+            return False
+        reason = attention.why_not_shared(self.model) or self._why_sharing_differs()
+        if reason and wanted == "segments":
+            raise ValueError(f'model.attention = "segments" cannot run here: {reason}; set it to "unshared"')
+        if reason:
+            log.warning("each response runs with its own copy of the prompt (slower): %s", reason)
+        return not reason
+
+    @torch.no_grad()
+    def _why_sharing_differs(self) -> str | None:
+        """Runs two short groups both ways: whatever a model's layers do, their hidden states must agree."""
+        batch = _probe_batch(self.stop_ids[0], self.device)
+        alone_RD = self._unshared_hidden(batch)
+        try:
+            shared_RD = self._shared_hidden(batch)[batch.row_R]
+        except (ValueError, TypeError) as error:
+            return str(error)
+        worst = (alone_RD - shared_RD).abs().max() / alone_RD.abs().max()
+        # Parameters are float32 here, where rounding alone stays below 1e-4.
+        return None if worst < 1e-3 else f"its hidden states differ by {worst:.1e} when a prompt is shared"
+
     @torch.no_grad()
     def _check_head(self) -> None:
         """Refuses a model whose logits are not softcap(hidden W^T + b): our log-probs would be of another model."""
@@ -182,11 +207,27 @@ class Policy(nn.Module):
             raise ValueError(f"{type(self.model).__name__} changes its logits after the head (scaling?); not supported")
 
 
-def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def _probe_batch(token: int, device: torch.device) -> PackedBatch:
+    """Two short groups with responses of one to three tokens, for a comparison of two ways to run them."""
+    answers = [Candidate(content="", token_ids=(token, *range(n))) for n in range(3)]
+    groups = [
+        CandidateGroup(prompt=Prompt(id="", messages=()), prompt_ids=(token, *range(n)), candidates=tuple(answers))
+        for n in (3, 1)
+    ]
+    return pack_responses(groups, [range(3)] * 2, device)
+
+
+def _checkpointed(model: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    name = model.config.get_text_config()._attn_implementation
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _attention_implementation(model, name):  # the second run is in the backward, after the forward put it back
+            return forward(*args, **kwargs)
+
     # Always in eval mode, so there is no dropout whose random state a second run would have to meet again.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @contextlib.contextmanager
@@ -198,15 +239,6 @@ def _attention_implementation(model: Any, name: str):
         yield
     finally:
         config._attn_implementation = before
-
-
-def _decide_shared(model: Any, wanted: str) -> bool:
-    reason = attention.why_not_shared(model)
-    if wanted == "segments" and reason:
-        raise ValueError(f'model.attention = "segments" cannot run here: {reason}; set it to "unshared"')
-    if reason and wanted == "auto":
-        log.warning("each response runs with its own copy of the prompt (slower): %s", reason)
-    return wanted != "unshared" and not reason
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
