@@ -70,12 +70,21 @@ def rank_micro_batches(
 
 
 def idle_batch(device: torch.device | str = "cpu") -> PackedBatch:
-    """The smallest group that every loss is defined on, for a rank that must keep the others company in a forward."""
-    candidate = Candidate(content="", token_ids=(0,))
-    prompt = Prompt(id="idle", messages=())
-    group = CandidateGroup(prompt=prompt, prompt_ids=(0,), candidates=(candidate, candidate))
-    batch = pack_responses([group], [(0, 1)], device, reward=[(1.0, 0.0)])
-    batch.positive_M[0] = True
+    """The smallest batch that every loss is defined on, for a rank that must keep the others company in a forward."""
+    return longest_batch(1, prompt_length=1, num_responses=2, response_length=1, device=device)
+
+
+def longest_batch(
+    num_groups: int, prompt_length: int, num_responses: int, response_length: int, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """Groups without meaning, all of one shape: the first response of each is the positive."""
+    candidate = Candidate(content="", token_ids=(0,) * response_length)
+    group = CandidateGroup(
+        prompt=Prompt(id="", messages=()), prompt_ids=(0,) * prompt_length, candidates=(candidate,) * num_responses
+    )
+    reward = [1.0] + [0.0] * (num_responses - 1)
+    batch = pack_responses([group] * num_groups, [range(num_responses)] * num_groups, device, [reward] * num_groups)
+    batch.positive_M[batch.group_offsets[:-1].to(device)] = True
     return batch
 
 

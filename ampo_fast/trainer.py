@@ -28,7 +28,7 @@ from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine, make_engine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
-from ampo_fast.sampler import PromptSampler, admit_prompts
+from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
@@ -69,6 +69,9 @@ class Trainer:
         self.embedder = make_embedder(config, self.actor)
         self.reward_fn = make_reward(config, self.embedder)
         self.updater = Updater(config, self.policy)
+        longest = longest_prompt(self.train_prompts, self.policy, config)
+        if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
+            self.updater.preflight(longest)
         self.engine = make_engine(config, self.actor)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
         self.state: dict[str, Any] = {

@@ -15,7 +15,7 @@ from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
-from ampo_fast.packing import idle_batch, pack, rank_micro_batches
+from ampo_fast.packing import idle_batch, longest_batch, pack, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, trained_groups
 from ampo_fast.types import PackedBatch, SelectedGroup
@@ -78,6 +78,22 @@ class Updater:
         if is_comparable:
             metrics |= logp_difference(groups)
         return metrics | policy_metrics(groups)
+
+    def preflight(self, longest_prompt: int) -> int:
+        """Forward and backward of the longest micro-batch that a run can meet, without a step; returns its tokens.
+
+        longest_prompt: in tokens. What does not fit is then found now, as a MemoryError, and not hours later.
+        """
+        config, length = self.config, self.config.rollout.max_new_tokens
+        kept = config.select.k + 1
+        fitting = config.optim.micro_batch_tokens // packed_length(longest_prompt, [length] * kept)
+        num_groups = max(1, min(fitting, config.optim.prompts_per_step))
+        batch = self._with_reference(longest_batch(num_groups, longest_prompt, kept, length, self.policy.device))
+        with _named_out_of_memory(batch):
+            loss, _ = self.policy(batch, self.loss_fn, math.inf, eos_id=self.eos_id)
+            loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return batch.token_T.numel()
 
     def _backward(
         self, trained: Sequence[SelectedGroup], progress: TrainingProgress

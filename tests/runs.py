@@ -68,3 +68,13 @@ def reached(run_dir, mark):
     return any(
         path.name.startswith(mark) for folder in ("rollouts", "checkpoints") for path in (run_dir / folder).glob("*")
     )
+
+
+def workers(torchrun_pid):
+    """{rank: process id} of torchrun's children."""
+    found = {}
+    for pid in Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split():
+        pairs = dict(e.partition("=")[::2] for e in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        if "RANK" in pairs:
+            found[int(pairs["RANK"])] = int(pid)
+    return found

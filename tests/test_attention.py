@@ -1,6 +1,7 @@
 """Shared-prefix attention: loss, log-probs and every gradient as with one response at a time, on several architectures."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def truth(directory, groups):
     length_M = batch.response_offsets.diff()
     offsets = batch.group_offsets.tolist()
     loss = 0.0
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         score = 0.5 * logp_M[start:end] / length_M[start:end]
         score = score + torch.cat((torch.zeros(1), torch.full((end - start - 1,), 3.0).log())).double()  # gamma
         if end - start > 1:
@@ -133,10 +134,12 @@ def test_an_unknown_keyword_is_refused_by_name():
 def test_a_model_whose_states_change_when_a_prompt_is_shared_is_trained_unshared(directories, monkeypatch, caplog):
     """The probe at loading catches what no list of architectures knows."""
     honest = attention.SegmentPlan.build
-    monkeypatch.setattr(
-        attention.SegmentPlan, "build",
-        classmethod(lambda cls, segments: honest([Segment(start=s.start, prompt_length=s.prompt_length + sum(s.response_lengths), response_lengths=()) for s in segments])),
-    )  # fmt: skip
+
+    def one_long_prompt(segments):
+        lengths = [s.prompt_length + sum(s.response_lengths) for s in segments]
+        return honest([Segment(start=0, prompt_length=length, response_lengths=()) for length in lengths])
+
+    monkeypatch.setattr(attention.SegmentPlan, "build", one_long_prompt)
     policy = Policy.load(ModelConfig(path=str(directories["llama"])))
     assert not policy.is_shared
     assert "hidden states differ" in caplog.text

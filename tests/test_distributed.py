@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import HERE, command, comparable, environment, reached, torchrun, write_run
+from runs import HERE, command, comparable, environment, reached, torchrun, workers, write_run
 from safetensors.torch import load_file
 
 from ampo_fast import distributed
@@ -140,16 +140,6 @@ def test_two_to_one_to_four_ranks(two_ranks, tiny_model, tmp_path):
 
 
 # --- kills and other accidents ----------------------------------------------------------------------------------------
-
-
-def workers(torchrun_pid):
-    """{rank: process id} of torchrun's children."""
-    found = {}
-    for pid in Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split():
-        pairs = dict(e.partition("=")[::2] for e in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-        if "RANK" in pairs:
-            found[int(pairs["RANK"])] = int(pid)
-    return found
 
 
 def start(config, *more):
