@@ -95,7 +95,17 @@ def _environment() -> tuple[int, int]:
 
 def _meet(own: int, size: int, timeout: datetime.timedelta) -> dist.Store:
     """The store all ranks share, once each rank has come to it exactly once."""
-    shared, _, _ = next(iter(dist.rendezvous("env://", own, size, timeout=timeout)))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_server = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent serves itself
+    try:
+        shared = dist.TCPStore(
+            host, port, is_master=is_server, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistNetworkError as error:
+        raise ConnectionError(
+            f"rank {own} of {size} found nobody at MASTER_ADDR:MASTER_PORT = {host}:{port} within "
+            f"{timeout.total_seconds():.0f} s (run.timeout_s); is rank 0 running?"
+        ) from error
     # torchrun keeps one store over its restarts: an earlier attempt's ranks must not count as duplicates.
     store = dist.PrefixStore(f"ampo_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     store.set_timeout(timeout)

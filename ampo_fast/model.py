@@ -282,6 +282,10 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
         for name, tensor in distributed.whole_tensors(policy.model)
         if distributed.is_main()
     }
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
+        if name in state:  # a tied head is one tensor under two names, or it would be written twice
+            state[name] = state[first.setdefault(parameter, name)]
     distributed.on_main(lambda: _write_and_compare(policy, directory, state, dtype))
 
 

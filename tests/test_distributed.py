@@ -98,7 +98,7 @@ def test_degenerate_groups_skip_the_step_on_every_rank(two_ranks, tiny_model):
 
 def test_bfloat16_ranks_keep_float32_parameters_and_rewards(one_rank, two_ranks):
     # The first step's weights are the same; FSDP's compute is all bfloat16, autocast's only the matrix products.
-    one, two = (column(runs / "bfloat16", "positive/logp")[0] for runs in (one_rank, two_ranks))
+    one, two = (column(runs / "bfloat16", "positive/logp")[0].item() for runs in (one_rank, two_ranks))
     assert two == pytest.approx(one, abs=0.05)
     (_, newest) = checkpoint_dirs(two_ranks / "bfloat16/checkpoints")[-1]
     assert {t.dtype for shard in newest.glob("*.safetensors") for t in load_file(shard).values()} == {torch.float32}
@@ -204,6 +204,11 @@ def rank_process(code, **env):
 def test_a_missing_rank_is_named(free_port):
     _, err = rank_process("3", RANK="0", MASTER_PORT=free_port).communicate(timeout=120)
     assert "TimeoutError: rank 0 waited 3 s (run.timeout_s) for rank 1 of 2" in err
+
+
+def test_a_missing_rank_0_is_named(free_port):
+    _, err = rank_process("2", RANK="1", MASTER_PORT=free_port).communicate(timeout=120)
+    assert f"ConnectionError: rank 1 of 2 found nobody at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{free_port}" in err
 
 
 def test_a_duplicated_rank_is_named(free_port):
