@@ -72,11 +72,10 @@ def process_group(timeout_s: float) -> Iterator[None]:
     # A name of its own for every group of this process: the addresses that the last one left in the store are dead.
     named = dist.PrefixStore(f"group/{next(_groups)}", _store)
     dist.init_process_group(backend, store=named, rank=own, world_size=size, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        _store = None
+    yield
+    # Not after an error: the peers may be gone, and leaving a group is something that its ranks do together.
+    dist.destroy_process_group()
+    _store = None
 
 
 def _environment() -> tuple[int, int]:

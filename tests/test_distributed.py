@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,21 @@ def test_kill_9_of_a_rank_and_resume_give_the_same_metrics_bit_for_bit(two_ranks
     assert comparable(run_dir) == comparable(two_ranks / "ten")
     for name in ("rollouts/step_000009.jsonl", "eval/after.jsonl"):
         assert (run_dir / name).read_bytes() == (two_ranks / "ten" / name).read_bytes()
+
+
+def test_a_rank_that_hangs_is_named_with_its_phase(tiny_model, tmp_path):
+    config = write_run(tmp_path, tiny_model, run={"steps": 50, "timeout_s": 20.0}, eval=NO_EVAL)
+    running = start(config)
+    wait_for(running, tmp_path / "runs/r", '"step": 1, "loss"')
+    ranks = workers(running.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and 0 in workers(running.pid):
+        time.sleep(0.1)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = running.communicate(timeout=120)
+    assert re.search(r"rank 0 of 2 in step \d+, \w+: another rank stopped, or did not answer within 20 s", err)
+    assert re.search(r"last seen: rank 1 in \w+", err)
 
 
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_one_rank_goes_on(two_ranks, tiny_model, tmp_path):
