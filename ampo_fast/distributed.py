@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None
 _timeout_s = 1800.0
+_phase = "start"
 _groups = itertools.count()
 
 
@@ -181,13 +182,15 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def note_phase(name: str) -> None:
-    """Tells the other ranks what this one is about to do, for their error should this one stop or hang."""
+    """Says what this rank is about to do, for the errors of this one and of the others should it stop or hang."""
+    global _phase
+    _phase = name
     if _store is not None:
         _store.set(f"phase/{rank()}", name)
 
 
 @contextlib.contextmanager
-def named_errors(phase: Callable[[], str]) -> Iterator[None]:
+def named_errors() -> Iterator[None]:
     """Turns a collective's failure into a ConnectionError that names this rank, its phase, and where the others were."""
     try:
         yield
@@ -196,7 +199,7 @@ def named_errors(phase: Callable[[], str]) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0]
         raise ConnectionError(
-            f"rank {rank()} of {world_size()} in {phase()}: another rank stopped, or did not answer within "
+            f"rank {rank()} of {world_size()} in {_phase}: another rank stopped, or did not answer within "
             f"{_timeout_s:.0f} s (run.timeout_s); last seen: {_last_seen()}. Its own error is in its output; "
             f"--resume auto goes on from the last checkpoint ({first})"
         ) from error
@@ -215,7 +218,7 @@ def _last_seen() -> str:
             continue
         try:
             known = _store is not None and _store.check([f"phase/{other}"])
-            where = _store.get(f"phase/{other}").decode() if known else "before its first phase"
+            where = _store.get(f"phase/{other}").decode() if known else "start"
         except RuntimeError:  # the store went down with the machine that held it
             where = "unknown"
         seen.append(f"rank {other} in {where}")

@@ -33,9 +33,8 @@ class TrainingProgress:
 
     `phase_s` holds the seconds per phase since the last `step_done`. A phase within a phase is
     shown while it runs, and its seconds belong to the outer one. The time left is remaining steps x
-    the mean phase seconds of a step, evaluations not counted. `newest_phase` is the phase entered last, also after an
-    error has left it; `on_phase` is told of every one. For other long work name its `unit`,
-    and give `plain_interval_s` so that the plain form prints at most one line in that time.
+    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that
+    begins. For other long work name its `unit`, and give `plain_interval_s` so that the plain form prints at most one line in that time.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class TrainingProgress:
         clock: Callable[[], float] = time.perf_counter,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.newest_phase = "start"
         self._on_phase = on_phase
         self.phase_s: dict[str, float] = {}
         self._total_s: dict[str, float] = {}
@@ -80,7 +78,6 @@ class TrainingProgress:
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """Times what runs inside under `name`; `total` is how far `advance` will count."""
         self._running.append(_Phase(name, total))
-        self.newest_phase = name
         self._on_phase(name)
         started = self._clock()
         try:

@@ -47,7 +47,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     directory, or starts anew where there is none. On a CPU with the transformers engine and as many ranks as before the
     metrics are then, bit for bit, those of a run that was never stopped.
     """
-    with distributed.process_group(config.run.timeout_s):
+    with distributed.process_group(config.run.timeout_s), distributed.named_errors():
         return Trainer(config, resume).run()
 
 
@@ -97,8 +97,7 @@ class Trainer:
         config = self.config
         with (
             self._open_metrics() as self.metrics,
-            open_progress(config.run.steps, self.step) as self.progress,
-            distributed.named_errors(lambda: f"step {self.step + 1}, {self.progress.newest_phase}"),
+            self._open_progress() as self.progress,
             stop_signals() as stop,
         ):
             if self.eval_prompts and self.step == 0:
@@ -222,6 +221,18 @@ class Trainer:
             return contextlib.nullcontext()
         return MetricsLog(self.run_dir, self.config.run.trackers, resume_step=self.step or -1)
 
+    @contextlib.contextmanager
+    def _open_progress(self) -> Iterator[TrainingProgress]:
+        """The display on rank 0, silence on the others; every rank tells the others where it is."""
+
+        def note(phase: str) -> None:
+            distributed.note_phase(f"step {self.step + 1}, {phase}")
+
+        with open(os.devnull, "w") as silence:
+            stream = None if distributed.is_main() else silence
+            with TrainingProgress(self.config.run.steps, self.step, stream=stream, on_phase=note) as progress:
+                yield progress
+
     def _prompts(self, source: str, field: str) -> list[Prompt]:
         needs_responses = field == "data.train" and self.config.rollout.engine == "data"
         prompts = load_prompts(source, needs_responses=needs_responses)
@@ -284,15 +295,6 @@ class Trainer:
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
-
-
-@contextlib.contextmanager
-def open_progress(num_steps: int, step: int) -> Iterator[TrainingProgress]:
-    """The display on rank 0, silence on the others; every rank tells the others which phase it is in."""
-    with open(os.devnull, "w") as silence:
-        stream = None if distributed.is_main() else silence
-        with TrainingProgress(num_steps, step, stream=stream, on_phase=distributed.note_phase) as progress:
-            yield progress
 
 
 def peak_rss_mib() -> float:

@@ -71,10 +71,14 @@ def reached(run_dir, mark):
 
 
 def workers(torchrun_pid):
-    """{rank: process id} of torchrun's children."""
+    """{rank: process id} of torchrun's children that still live."""
     found = {}
     for pid in Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split():
-        pairs = dict(e.partition("=")[::2] for e in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        try:
+            content = Path(f"/proc/{pid}/environ").read_text()
+        except OSError:  # ended meanwhile
+            continue
+        pairs = dict(entry.partition("=")[::2] for entry in content.split("\0"))
         if "RANK" in pairs:
             found[int(pairs["RANK"])] = int(pid)
     return found

@@ -19,6 +19,7 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint
 from ampo_fast.config import ModelConfig, OptimConfig, load_config
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import make_optimizer
+from ampo_fast.packing import idle_batch
 from ampo_fast.trainer import train
 
 NO_EVAL = {"prompts": 0}
@@ -128,11 +129,14 @@ def test_two_to_one_to_four_ranks(two_ranks, tiny_model, tmp_path):
     argv = [*torchrun(4), str(HERE / "resave.py"), str(tiny_model), str(newest), str(tmp_path / "four")]
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    seen_by_four = torch.tensor(json.loads(done.stdout))
     states = []
     for path in (newest, tmp_path / "four/step_000010"):
         policy = Policy.load(ModelConfig(path=str(tiny_model)))
         optimizer = make_optimizer(policy.parameters(), OptimConfig())
         load_checkpoint(path, policy, optimizer)
+        # Their forward came after one without gradients, which leaves FSDP's root whole and deaf to what is loaded.
+        torch.testing.assert_close(seen_by_four, policy.token_logp(idle_batch()), rtol=1e-5, atol=1e-6)
         moments = {f"{n}.{k}": v for n, p in policy.named_parameters() for k, v in optimizer.state[p].items()}
         states.append(dict(policy.named_parameters()) | moments)
     assert len(list((tmp_path / "four/step_000010").glob("*.safetensors"))) == 4
@@ -192,7 +196,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tiny_model, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     _, err = running.communicate(timeout=120)
     assert re.search(r"rank 0 of 2 in step \d+, \w+: another rank stopped, or did not answer within 20 s", err)
-    assert re.search(r"last seen: rank 1 in \w+", err)
+    assert re.search(r"last seen: rank 1 in step \d+, \w+", err)
 
 
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_one_rank_goes_on(two_ranks, tiny_model, tmp_path):
