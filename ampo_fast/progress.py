@@ -33,8 +33,9 @@ class TrainingProgress:
 
     `phase_s` holds the seconds per phase since the last `step_done`. A phase within a phase is
     shown while it runs, and its seconds belong to the outer one. The time left is remaining steps x
-    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that
-    begins. For other long work name its `unit`, and give `plain_interval_s` so that the plain form prints at most one line in that time.
+    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that begins.
+    For other long work name its `unit`, and give `plain_interval_s` so that the plain form prints at most one line in
+    that time.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a test starts under torchrun: `resave.py MODEL CHECKPOINT ROOT` loads a checkpoint and saves it again; says what it computes."""
+"""What a test starts under torchrun: `resave.py MODEL CHECKPOINT ROOT` loads, says what it computes, saves again."""
 
 import sys
 from pathlib import Path
