@@ -98,10 +98,11 @@ def test_degenerate_groups_skip_the_step_on_every_rank(two_ranks, tiny_model):
     assert all(torch.equal(start[name], end[name]) for name in end)
 
 
-def test_bfloat16_ranks_keep_float32_parameters_and_rewards(one_rank, two_ranks):
-    # The first step's weights are the same; FSDP's compute is all bfloat16, autocast's only the matrix products.
-    one, two = (column(runs / "bfloat16", "positive/logp")[0].item() for runs in (one_rank, two_ranks))
-    assert two == pytest.approx(one, abs=0.05)
+def test_bfloat16_ranks_sample_what_they_train_and_keep_float32_checkpoints(two_ranks):
+    # The replica and the shards compute in bfloat16 by different kernels; a wrong weight would be off by whole nats.
+    difference = column(two_ranks / "bfloat16", "sampling/sampling_logp_difference/mean")
+    assert len(difference)
+    assert difference.max() < 0.1
     (_, newest) = checkpoint_dirs(two_ranks / "bfloat16/checkpoints")[-1]
     assert {t.dtype for shard in newest.glob("*.safetensors") for t in load_file(shard).values()} == {torch.float32}
 
@@ -129,7 +130,11 @@ def test_two_to_one_to_four_ranks(two_ranks, tiny_model, tmp_path):
     argv = [*torchrun(4), str(HERE / "resave.py"), str(tiny_model), str(newest), str(tmp_path / "four")]
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    seen_by_four = torch.tensor(json.loads(done.stdout))
+    said = json.loads(done.stdout)
+    seen_by_four = torch.tensor(said["logp"])
+    # bfloat16 would round -1234.56 to -1232: what the loss meets, and what is kept, is float32.
+    assert said["bfloat16"]["ref"] == pytest.approx([-1234.56, -3.25], abs=1e-4)
+    assert set(said["bfloat16"]["types"]) == {"torch.float32"}
     states = []
     for path in (newest, tmp_path / "four/step_000010"):
         policy = Policy.load(ModelConfig(path=str(tiny_model)))
