@@ -102,7 +102,7 @@ def test_bfloat16_ranks_sample_what_they_train_and_keep_float32_checkpoints(two_
     # The replica and the shards compute in bfloat16 by different kernels; a wrong weight would be off by whole nats.
     difference = column(two_ranks / "bfloat16", "sampling/sampling_logp_difference/mean")
     assert len(difference)
-    assert difference.max() < 0.1
+    assert difference.max() < 0.02
     (_, newest) = checkpoint_dirs(two_ranks / "bfloat16/checkpoints")[-1]
     assert {t.dtype for shard in newest.glob("*.safetensors") for t in load_file(shard).values()} == {torch.float32}
 
