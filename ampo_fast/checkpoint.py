@@ -162,6 +162,11 @@ def _read_state(path: Path) -> dict[str, Any]:
         if have != size:
             problem = "is missing" if have is None else f"has {have} bytes of {size}: truncated"
             raise ValueError(f"checkpoint shard {shard} {problem}; {_WAY_OUT}")
+    if header["world_size"] != distributed.world_size():
+        log.warning(
+            "%s was saved by %d ranks and is loaded by %d: what follows is equal within rounding, not bit for bit",
+            path, header["world_size"], distributed.world_size(),
+        )  # fmt: skip
     return header["state"]
 
 
