@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -233,7 +233,7 @@ class _Decoding:
             visible = key_P[None, None, :] >= padding_A[:, None, None]
             # A padding row attends to itself: a row with nothing visible would be NaN.
             own = torch.eye(longest, dtype=torch.bool, device=device)
-            mask = (visible & (key_P[:, None] >= key_P[None, :]) | own)[:, None]
+            mask = _layer_masks(policy, visible & (key_P[:, None] >= key_P) | own, key_P)
         state = cls(policy, _new_cache(longest + max_new_tokens), padding_A, length_A)
         state._forward(token_AP, position_AP, mask)
         state.keep([a for a in range(len(prompts)) for _ in range(n)])
@@ -250,11 +250,11 @@ class _Decoding:
         mask = None
         if bool(self.padding_A.any()):
             key_P = torch.arange(self.cache.get_seq_length() + 1, device=token_A.device)
-            mask = (key_P >= self.padding_A[:, None])[:, None, None]
+            mask = _layer_masks(self.policy, (key_P >= self.padding_A[:, None])[:, None], key_P[-1:])
         self._forward(token_A[:, None], self.position_A[:, None], mask)
         self.position_A = self.position_A + 1
 
-    def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: Any) -> None:
         hidden = self.policy.model.base_model(
             input_ids=token_AL,
             position_ids=position_AL,
@@ -265,6 +265,29 @@ class _Decoding:
         logits_AV = self.policy.head(hidden).float()
         softcap = self.policy.softcap
         self.logits_AV = softcap * torch.tanh(logits_AV / softcap) if softcap else logits_AV
+
+
+def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Tensor) -> Any:
+    """What transformers takes as attention_mask: masks [A, 1, L, P], by type of layer where a model has several types.
+
+    position_L: each query's place among the P keys. transformers leaves a mask of four dimensions as it is, so a
+    sliding window must be in it.
+    """
+    config = policy.model.config.get_text_config()
+    visible = visible_ALP[:, None]
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None:
+        return _as_attention_takes(visible, config)
+    near = torch.arange(visible.shape[-1], device=visible.device) > position_L[:, None] - window
+    sliding = _as_attention_takes(visible & near, config)
+    return {"full_attention": _as_attention_takes(visible, config), "sliding_attention": sliding} if types else sliding
+
+
+def _as_attention_takes(visible: torch.Tensor, config: Any) -> torch.Tensor:
+    """The plain operations of a soft-capped model add their mask to the scores; torch's kernel takes it as it is."""
+    if config._attn_implementation != "eager":
+        return visible
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _new_cache(capacity: int):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from builders import prompt
+from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
@@ -16,6 +17,28 @@ def test_candidates_carry_the_trainers_own_log_probs(tiny_policy):
     groups = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
     engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
     torch.testing.assert_close(response_logp(tiny_policy, groups, 1000), engine, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "mistral", "sliding_window": 9},
+        {
+            "kind": "gemma2",
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "sliding_window": 9,
+        },
+    ],
+)
+def test_a_sliding_window_shorter_than_a_padded_prompt_samples_what_is_trained(tmp_path, settings):
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path / "m", **settings))))
+    assert policy.is_shared
+    assert all(len(policy.encode_prompt(p.messages)) > 3 for p in PROMPTS)
+    groups = TransformersEngine(policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
+    engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
+    torch.testing.assert_close(response_logp(policy, groups, 1000), engine, atol=2e-4, rtol=0)
 
 
 def test_streams_are_keyed_by_prompt_and_candidate_not_by_batch(tiny_policy):
