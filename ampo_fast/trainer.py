@@ -48,7 +48,11 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     metrics are then, bit for bit, those of a run that was never stopped.
     """
     with distributed.process_group(config.run.timeout_s), distributed.named_errors():
-        return Trainer(config, resume).run()
+        trainer = Trainer(config, resume)
+        try:
+            return trainer.run()
+        finally:
+            trainer.engine.close()
 
 
 class Trainer:
@@ -73,6 +77,9 @@ class Trainer:
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(longest)
         self.engine = make_engine(config, self.actor)
+        # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
+        is_own = isinstance(self.engine, TransformersEngine)
+        self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
         self.state: dict[str, Any] = {
             "spreads": [],
@@ -125,10 +132,16 @@ class Trainer:
         self.step += 1
         if self._place(self.step)[0] != round_index:
             with self.progress.phase("sync"):
-                push_weights(self.policy, self.engine, self.step)
+                self._sync(self.step)
         if distributed.is_main():  # which alone has the candidates that were not selected
             metrics = self._log_step(metrics | group_metrics(selected, self.rounds.reward_tol))
         self.progress.step_done(self.step, metrics)
+
+    def _sync(self, version: int) -> None:
+        """Sends the weights to everyone who holds a copy; every rank takes part."""
+        for engine in dict.fromkeys((self.engine, self.actor_engine)):
+            if engine.version != version:
+                push_weights(self.policy, engine, version)
 
     # --- where we are ---------------------------------------------------------------------------------------------
 
@@ -176,12 +189,8 @@ class Trainer:
 
     def _measure(self) -> Evaluation:
         config = self.config
-        # Within a round a whole copy is behind the policy; where it is the policy nothing is copied.
-        push_weights(self.policy, self.engine, self.engine.version)
-        engine = self.engine
-        if config.rollout.engine == "data":
-            engine = TransformersEngine(self.actor, config.rollout.batch_rows)
-            push_weights(self.policy, engine, self.step)
+        self._sync(self.step)  # within a round, weights that are not the policy's own are behind
+        engine = self.actor_engine if config.rollout.engine == "data" else self.engine
         reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
             self.actor, engine, self.eval_prompts, reward_fn, self.embedder, config,
@@ -256,7 +265,7 @@ class Trainer:
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
         # A round under way is on disk, made by an older policy: what samples next is synced when it ends.
-        push_weights(self.policy, self.engine, step // self._steps_per_round * self._steps_per_round)
+        self._sync(step // self._steps_per_round * self._steps_per_round)
         log.info("resumed from %s", path)
         return step
 
