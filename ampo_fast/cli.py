@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ampo-fast inspect FILE | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, MemoryError) as error:
         if os.environ.get("AMPO_FAST_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -235,7 +235,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast.trainer import train
 
     summary = train(config, resume=options.resume == "auto")
-    print(json.dumps(summary), flush=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank has the summary
+        print(json.dumps(summary), flush=True)
     return 0
 
 

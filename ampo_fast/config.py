@@ -32,6 +32,9 @@ class RunConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         ("tensorboard",), description="Besides metrics.jsonl, which is always written."
     )
+    timeout_s: Annotated[float, Field(gt=0.0)] = Field(
+        1800.0, description="How long a rank waits for the others before it names the one that hangs."
+    )
 
 
 class DataConfig(Section):
@@ -108,6 +111,9 @@ class LossConfig(Section):
 class OptimConfig(Section):
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
     micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each layer's input and run it again in the backward: less memory, a third slower."
+    )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")

@@ -136,7 +136,7 @@ class RewardModel(nn.Module):
             units.append((0, start, len(tokens)))
         self.num_fed += len(tokens)
         self.num_real += len(tokens)
-        plan = attention.SegmentPlan.build(segments, self.compute_dtype, self.device)
+        plan = attention.SegmentPlan.build(segments)
 
         def run() -> torch.Tensor:
             with attention_implementation(self.model, attention.NAME):

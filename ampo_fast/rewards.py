@@ -106,6 +106,8 @@ def score_groups(
     groups: Sequence[CandidateGroup], reward_fn: RewardFn, embedder: Embedder, config: Config
 ) -> list[ScoredGroup]:
     """Rewards, validity, normalised rewards and embeddings of every candidate. Raises when too many rewards are missing."""
+    if not groups:  # a rank that had no prompts
+        return []
     rewards = reward_fn(groups)
     check_missing(groups, rewards, config.reward.max_missing_share)
     texts = [candidate.content for group in groups for candidate in group.candidates]

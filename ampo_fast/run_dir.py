@@ -12,7 +12,14 @@ from ampo_fast.config import Config
 from ampo_fast.reward_config import RewardTrainingConfig
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
-_FREE = ("run.trackers", "run.dir", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every")
+_FREE = (
+    "run.trackers",
+    "run.dir",
+    "run.timeout_s",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+)
 
 
 def open_run_dir(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ampo_fast import losses
 from ampo_fast.config import Config
 from ampo_fast.rollouts import stream_seed
 from ampo_fast.selection import select_responses
-from ampo_fast.types import ScoredGroup, SelectedGroup
+from ampo_fast.types import Candidate, ScoredGroup, SelectedGroup
 
 
 class RewardTolerance:
@@ -70,6 +71,16 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     )
     rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
     return [_selected(group, positive, negative, cost, reward_tol) for group, positive, negative, cost in rows]
+
+
+def without_unselected(group: SelectedGroup) -> SelectedGroup:
+    """What training needs of a group: the candidates that are not trained on keep their place and lose their tokens."""
+    kept = {*group.positive, *group.negative}
+    whole = group.scored.group
+    candidates = tuple(c if i in kept else Candidate(content="", token_ids=()) for i, c in enumerate(whole.candidates))
+    slim = dataclasses.replace(whole, candidates=candidates)
+    embedding = group.scored.embedding[:0]
+    return dataclasses.replace(group, scored=dataclasses.replace(group.scored, group=slim, embedding=embedding))
 
 
 def _selected(

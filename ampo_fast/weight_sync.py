@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ampo_fast.distributed import whole_tensors
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import RolloutEngine
 
@@ -9,9 +10,8 @@ from ampo_fast.rollouts import RolloutEngine
 def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     """Streams the parameters, one at a time, into the engine as `version`; the tied head is sent beside the embedding.
 
-    (An engine that receives only the embedding keeps a stale head.) The transformers engine shares the module: nothing
-    is copied there.
+    (An engine that receives only the embedding keeps a stale head.) A sharded policy is gathered on the way, so every
+    rank must call it. Where the engine shares the policy's module nothing is copied.
     """
-    named = ((name, tensor.detach()) for name, tensor in policy.model.state_dict().items())
-    engine.load_weights(version, named)
+    engine.load_weights(version, whole_tensors(policy.model))
     return engine.version

@@ -9,6 +9,7 @@ LEVELS = [
     {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress",
      "evaluation_summary", "_C", "kernels", "dispatch", "templating"},
     {"validation", "reference", "selection_reference"},
+    {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",

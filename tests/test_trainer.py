@@ -1,22 +1,17 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import command, comparable, reached, write_run
 
 from ampo_fast.config import load_config
-from ampo_fast.metrics import read_metrics
 from ampo_fast.trainer import train
-
-HERE = Path(__file__).parent
-
 
 WHOLE = [
     "config.json",
@@ -34,46 +29,6 @@ WHOLE = [
     "rollouts/step_000001.safetensors",
     "checkpoints/step_000006/state.json",
 ]
-
-
-def write_run(tmp_path, tiny_model, **sections):
-    words = ["tea", "sun", "rain", "wind", "stone", "moss", "wolf", "bread", "lamp", "road"]
-    rows = [{"id": f"t{i}", "prompt": f"say {w}"} for i, w in enumerate(words)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "eval.jsonl").write_text(
-        "".join(json.dumps({"id": f"e{i}", "prompt": f"name {w}"}) + "\n" for i, w in enumerate(words[:4]))
-    )
-    values = {
-        "run": {"name": "r", "dir": str(tmp_path / "runs"), "steps": 6, "trackers": []},
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
-        "model": {"path": str(tiny_model)},
-        "rollout": {"n": 6, "max_new_tokens": 24, "batch_rows": 12, "truncated": "keep", "prompts_per_round": 4},
-        "reward": {"kind": "toy_rewards:vowels"},
-        "embed": {"model": "policy"},
-        "select": {"k": 3},
-        "optim": {"prompts_per_step": 2, "lr": 3e-3},
-        "eval": {"prompts": 4, "every": 3},
-        "checkpoint": {"every": 2, "save_best": False},
-    }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
-    import tomli_w
-
-    path = tmp_path / "config.toml"
-    path.write_text(tomli_w.dumps(values))
-    return path
-
-
-def command(config, *more):
-    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return [sys.executable, "-m", "ampo_fast.cli", "train", str(config), *more], env
-
-
-def comparable(run_dir):
-    timed = ("time/", "perf/")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(run_dir / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +98,6 @@ def test_kill_9_and_resume_give_the_same_metrics_bit_for_bit(finished, tiny_mode
     assert comparable(run_dir) == comparable(finished[1])
     for name in ("rollouts/step_000005.jsonl", "eval/after.jsonl"):
         assert (run_dir / name).read_bytes() == (finished[1] / name).read_bytes()
-
-
-def reached(run_dir, mark):
-    if mark.startswith('"'):
-        path = run_dir / "metrics.jsonl"
-        return path.exists() and mark in path.read_text()
-    return any(
-        path.name.startswith(mark) for folder in ("rollouts", "checkpoints") for path in (run_dir / folder).glob("*")
-    )
 
 
 def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
