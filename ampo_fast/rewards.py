@@ -16,6 +16,8 @@ import torch
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder, SentenceEncoder
+from ampo_fast.engine_config import HttpConfig, read_options
+from ampo_fast.http_reward import HttpScorer
 from ampo_fast.types import CandidateGroup, Prompt, ScoredGroup
 
 Reward = float | None
@@ -36,9 +38,11 @@ def make_reward(config: Config, encoder: Embedder | None = None, kind: str | Non
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
     if kind.startswith("classifier:"):
         return _on_texts(_Classifier(kind.removeprefix("classifier:"), config.embed.batch_rows))
+    if kind.startswith(("http://", "https://")):
+        return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
     module, colon, function = kind.partition(":")
     if not colon:
-        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH or MODULE:FUNCTION")
+        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH, http://URL or MODULE:FUNCTION")
     try:
         return _on_texts(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:

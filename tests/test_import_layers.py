@@ -6,12 +6,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 LEVELS = [
-    {"types", "config", "jsonl", "assets", "metrics", "progress", "evaluation_summary", "_C", "templating"},
+    {"types", "config", "jsonl", "assets", "metrics", "progress", "evaluation_summary", "_C", "templating", "urls", "engine_config"},
     {"validation", "reference", "selection_reference"},
     {"losses", "head", "logprobs", "fused", "selection", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
-     "update", "rounds"},
+     "update", "rounds", "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process",
+     "vllm_requests", "lifeline"},
     {"report", "preview", "stages", "inspect_rows"},
     {"trainer"},
     {"cli"},
