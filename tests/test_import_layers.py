@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 LEVELS = [
-    {"types", "config", "jsonl", "assets", "metrics", "progress", "evaluation_summary", "_C", "templating", "urls", "engine_config"},
+    {"types", "config", "jsonl", "assets", "metrics", "progress", "evaluation_summary", "_C", "templating", "urls",
+     "engine_config"},
     {"validation", "reference", "selection_reference"},
     {"losses", "head", "logprobs", "fused", "selection", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
