@@ -15,6 +15,7 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpo
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
+from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.metrics import MetricsLog, read_metrics
@@ -23,7 +24,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import TransformersEngine, make_engine
+from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts
@@ -45,7 +46,11 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this version trains in one process; start it without torchrun")
-    return Trainer(config, resume).run()
+    trainer = Trainer(config, resume)
+    try:
+        return trainer.run()
+    finally:
+        trainer.engine.close()
 
 
 class Trainer:
@@ -113,6 +118,7 @@ class Trainer:
         if self._place(self.step)[0] != round_index:
             with self.progress.phase("sync"):
                 push_weights(self.policy, self.engine, self.step)
+            metrics |= self.engine.sync_metrics
         self._log_step(metrics)
 
     # --- where we are ---------------------------------------------------------------------------------------------
@@ -162,6 +168,8 @@ class Trainer:
         engine = self.engine
         if config.rollout.engine == "data":
             engine = TransformersEngine(self.policy, config.rollout.batch_rows)
+        elif engine.version != self.step:  # within a round an engine with weights of its own is behind
+            push_weights(self.policy, engine, self.step)
         reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
             self.policy, engine, self.eval_prompts, reward_fn, self.embedder, config, lambda: Policy.load(config.model)
@@ -213,7 +221,7 @@ class Trainer:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
-        self.engine.load_weights(step // self._steps_per_round * self._steps_per_round, [])
+        push_weights(self.policy, self.engine, step // self._steps_per_round * self._steps_per_round)
         log.info("resumed from %s", path)
         return step
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ampo_fast.engine_config import VllmConfig
-from ampo_fast.http_client import HttpError, JsonClient
+from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate
 from ampo_fast.vllm_process import VllmProcess
@@ -80,7 +80,13 @@ class Replica:
         """Loads a directory of safetensors into the running server and empties its cache of keys and values."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         self.client.post("/collective_rpc", body, timeout_s=self.options.sync_timeout_s)
-        self.client.post("/reset_prefix_cache", timeout_s=self.options.sync_timeout_s)
+        retried(self._forget, attempts=5)
+
+    def _forget(self) -> None:
+        """Drops the keys and values of the old weights, which the server does only when nothing is running."""
+        answer = self.client.post("/reset_prefix_cache", timeout_s=self.options.sync_timeout_s)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise HttpError(f"{self.name} did not empty its prefix cache: {answer!r}", True)
 
     def is_healthy(self) -> bool:
         """Alive and answering within a few seconds."""

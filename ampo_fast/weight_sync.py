@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import RolloutEngine
 
@@ -12,6 +16,10 @@ def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     (An engine that receives only the embedding keeps a stale head.) The transformers engine shares the module: nothing
     is copied there.
     """
-    named = ((name, tensor.detach()) for name, tensor in policy.model.state_dict().items())
-    engine.load_weights(version, named)
+    engine.load_weights(version, named_weights(policy))
     return engine.version
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by its name in the checkpoint; a tied head has its own."""
+    return ((name, tensor.detach()) for name, tensor in policy.model.state_dict().items())
