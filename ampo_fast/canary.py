@@ -44,6 +44,7 @@ class Canary:
         self._trainer: torch.Tensor | None = None
         self._trainer_change = 0.0
         self._engine: dict[str, torch.Tensor] = {}
+        self._engine_before: dict[str, torch.Tensor] = {}
 
     def renew(self) -> None:
         """Takes the trainer's log-probs of the fixed response; to be called when the weights have changed."""
@@ -51,13 +52,14 @@ class Canary:
         logp_R = self._logp([fixed])
         self._trainer_change = _mean_gap(logp_R, self._trainer) if self._trainer is not None else 0.0
         self._trainer = logp_R
+        self._engine_before = dict(self._engine)
         self.metrics = {}
 
     def check(self, name: str, fixed_logp: Sequence[float], samples: Sequence[Candidate] = ()) -> None:
         """Raises SyncError, with both values, where replica `name` differs by more than the tolerance or did not change."""
         engine_R = torch.tensor(fixed_logp, dtype=torch.float32)
         self._compare(name, "a fixed response", engine_R, self._trainer)
-        before = self._engine.get(name)
+        before = self._engine_before.get(name)
         change = _mean_gap(engine_R, before) if before is not None else 0.0
         # A stale engine stays within the tolerance for many small steps: but then it does not change at all.
         if before is not None and change == 0.0 and self._trainer_change > self.tolerance / 10:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ampo_fast.config import Config
 from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.model import Policy
@@ -17,6 +19,11 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
         return DataEngine(policy)
     if rollout.engine == "transformers":
         return TransformersEngine(policy, rollout.batch_rows)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f'rollout.engine = "{rollout.engine}" works with one training process; start it without torchrun, or set '
+            'rollout.engine = "transformers"'
+        )
     options = read_options(VllmConfig, rollout.options, "rollout.options")
     engine = VllmEngine if rollout.engine == "vllm" else VllmServerEngine
     return engine(policy, options, config.model.dtype)

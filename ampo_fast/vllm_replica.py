@@ -37,7 +37,7 @@ class Replica:
         if self.process is not None:
             self.client = self.process.start()
             return
-        served = self.client.get("/v1/models", timeout_s=self.options.request_timeout_s)
+        served = retried(lambda: self.client.get("/v1/models", timeout_s=_PROBE_TIMEOUT_S), self.options.attempts)
         try:
             self._model = served["data"][0]["id"]
         except (TypeError, KeyError, IndexError):

@@ -59,7 +59,7 @@ class VllmServerEngine:
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered."""
         self._start()
-        with ThreadPoolExecutor(min(len(prompts), _MAX_REQUESTS)) as pool:
+        with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
         errors = [future.exception() for future in futures]
         failed = next((error for error in errors if error is not None), None)
@@ -91,13 +91,16 @@ class VllmServerEngine:
     def _pick(self) -> Replica:
         """The least failing, then least busy server that is not lost."""
         with self._pick_lock:
-            usable = [replica for replica in self.replicas if not replica.is_lost]
-            if not usable:
-                names = "\n".join(f"{replica.name}{replica.last_words()}" for replica in self.replicas)
-                raise HttpError(f"no server is left: {names}", False)
-            best = min(usable, key=lambda replica: (replica.failures, replica.in_flight))
+            best = min(self._usable(), key=lambda replica: (replica.failures, replica.in_flight))
             best.in_flight += 1
             return best
+
+    def _usable(self) -> list[Replica]:
+        usable = [replica for replica in self.replicas if not replica.is_lost]
+        if not usable:
+            names = "\n".join(f"{replica.name}{replica.last_words()}" for replica in self.replicas)
+            raise HttpError(f"no server is left: {names}", False)
+        return usable
 
     def _failed(self, replica: Replica, life: int, error: HttpError) -> None:
         """Counts the failure; a server of ours that is dead or hangs is repaired, once for all who waited for it."""
@@ -140,14 +143,11 @@ class VllmServerEngine:
     def _sync(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         before, self._weights = self._weights, self._write(version, named_tensors)
         self.canary.renew()
-        live = [replica for replica in self.replicas if not replica.is_lost]
-        with ThreadPoolExecutor(len(live) or 1) as pool:
-            list(pool.map(self._load, live))
-        self._pick()  # raises where no server is left
-        for replica in self.replicas:
-            replica.in_flight = 0
-            if not replica.is_lost:
-                self._check(replica)
+        usable = self._usable()
+        with ThreadPoolExecutor(len(usable)) as pool:
+            list(pool.map(self._load, usable))
+        for replica in self._usable():
+            self._check(replica)
         self.version = version
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)

@@ -124,7 +124,7 @@ def test_a_cache_that_is_not_emptied_is_asked_again(make, policy, tmp_path):
 
 @pytest.mark.parametrize("fault", ["die", "hang", "busy", "garbage"])
 def test_a_fault_during_generation_costs_no_group(make, policy, tmp_path, fault):
-    engine = make(request_timeout_s=4 if fault == "hang" else 20)
+    engine = make(request_timeout_s=8 if fault == "hang" else 20)
     nudge(policy)
     push_weights(policy, engine, 3)
     before = len(answered(tmp_path))
