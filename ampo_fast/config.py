@@ -59,7 +59,12 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["transformers", "data"] = Field("transformers", description="data: responses come from data.train.")
+    engine: Literal["transformers", "vllm", "vllm-server", "data"] = Field(
+        "transformers", description="Who samples; data: responses come from data.train. vllm needs ampo_fast[vllm]."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Of the vllm engines, fields of engine_config.VllmConfig."
+    )
     n: Annotated[int, Field(ge=2)] = Field(8, description="Candidates per prompt.")
     prompts_per_round: Count = Field(0, description="Prompts answered before training on them; 0: one step's worth.")
     updates_per_round: Positive = Field(1, description="Passes over a round's groups before the next round.")
@@ -75,7 +80,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     kind: str = Field(
-        "relevance", description="relevance, data, classifier:PATH, or MODULE:FUNCTION(prompts, responses) -> floats."
+        "relevance",
+        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats.",
     )
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
         "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
@@ -85,6 +91,7 @@ class RewardConfig(Section):
         None,
         description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
     )
+    options: dict[str, Any] = Field(default_factory=dict, description="Of an http:// scorer: engine_config.HttpConfig.")
 
 
 class EmbedConfig(Section):

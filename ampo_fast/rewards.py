@@ -16,6 +16,8 @@ import torch
 
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder, SentenceEncoder
+from ampo_fast.engine_config import HttpConfig, read_options
+from ampo_fast.http_reward import HttpScorer
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_model import RewardModel
 from ampo_fast.types import CandidateGroup, GivenResponse, Prompt, ScoredGroup
@@ -38,9 +40,11 @@ def make_reward(config: Config, encoder: Embedder | None = None, kind: str | Non
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
     if kind.startswith("classifier:"):
         return _Classifier(kind.removeprefix("classifier:"), config.optim.micro_batch_tokens)
+    if kind.startswith(("http://", "https://")):
+        return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
     module, colon, function = kind.partition(":")
     if not colon:
-        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH or MODULE:FUNCTION")
+        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH, http://URL or MODULE:FUNCTION")
     try:
         return _on_texts(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:

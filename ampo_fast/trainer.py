@@ -17,6 +17,7 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpo
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
+from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.metrics import MetricsLog, read_metrics
@@ -25,7 +26,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import TransformersEngine, make_engine
+from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
@@ -132,6 +133,7 @@ class Trainer:
         if self._place(self.step)[0] != round_index:
             with self.progress.phase("sync"):
                 self._sync(self.step)
+            metrics |= self.engine.sync_metrics
         if distributed.is_main():  # which alone has the candidates that were not selected
             metrics = self._log_step(metrics | group_metrics(selected, self.rounds.reward_tol))
         self.progress.step_done(self.step, metrics)
