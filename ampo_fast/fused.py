@@ -19,7 +19,7 @@ from ampo_fast.dispatch import resolve_impl
 from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
-from ampo_fast.validation import check_head, check_offsets, check_vector
+from ampo_fast.validation import check_head, check_logprobs, check_offsets, check_vector
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
@@ -59,7 +59,8 @@ def fused_linear_group_loss(
     Returns:
         (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
     Raises:
-        ValueError: arguments that do not fit, or mode="frozen" with a trainable weight.
+        ValueError: arguments that do not fit, mode="frozen" with a trainable weight; on a CPU also targets out of range
+            and NaN logits.
     """
     if mode not in _MODES:
         raise ValueError(f"mode = {mode!r}; use one of {', '.join(_MODES)}")
@@ -77,6 +78,7 @@ def fused_linear_group_loss(
         return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options, impl)
     plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows, impl=impl)
     loss = _GroupedLoss.apply(hidden_RD, weight_VD, bias_V, target_R, plan)
+    check_logprobs(plan.logp_R)
     return loss, plan.out_stats()
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ampo_fast.dispatch import resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
-from ampo_fast.validation import check_head
+from ampo_fast.validation import check_head, check_logprobs
 
 
 def linear_logprob(
@@ -34,7 +34,7 @@ def linear_logprob(
     Returns:
         logp_R in nats, float32 (float64 for float64 input), never above 0; with eos_id the pair (logp_R, eos_logp_R).
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also targets out of range.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also targets out of range and NaN logits.
     """
     check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
     options = HeadOptions(temperature, softcap, eos_id)
@@ -48,6 +48,7 @@ def linear_logprob(
         logp_R, eos_logp_R = forward_logprob(hidden_RD, weight_VD, target_R, bias_V, temperature, softcap, eos_id)
     else:
         logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options, chosen)
+    check_logprobs(logp_R.detach())
     return logp_R if eos_id is None else (logp_R, eos_logp_R)
 
 

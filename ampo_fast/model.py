@@ -24,6 +24,7 @@ from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
 from ampo_fast.packing import pack_responses
 from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt
+from ampo_fast.validation import nan_let_through
 
 log = logging.getLogger(__name__)
 
@@ -146,29 +147,31 @@ class Policy(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         """-> (loss, ResponseStats): the sum of the batch's group losses over `normalizer`, the global group count."""
         hidden_RD = self.hidden_rows(batch)
-        return fused_linear_group_loss(
-            hidden_RD,
-            self.head.weight.to(hidden_RD.dtype),
-            batch.target_R,
-            batch.response_offsets,
-            batch.group_offsets,
-            batch.reward_M,
-            loss_fn,
-            ref_logp_M=batch.ref_logp_M,
-            positive_M=batch.positive_M,
-            baseline_B=batch.baseline_B,
-            bias_V=self.head.bias,
-            softcap=self.softcap,
-            eos_id=eos_id,
-            normalizer=normalizer,
-        )
+        with nan_let_through():  # the step's own guard sees it, on all ranks
+            return fused_linear_group_loss(
+                hidden_RD,
+                self.head.weight.to(hidden_RD.dtype),
+                batch.target_R,
+                batch.response_offsets,
+                batch.group_offsets,
+                batch.reward_M,
+                loss_fn,
+                ref_logp_M=batch.ref_logp_M,
+                positive_M=batch.positive_M,
+                baseline_B=batch.baseline_B,
+                bias_V=self.head.bias,
+                softcap=self.softcap,
+                eos_id=eos_id,
+                normalizer=normalizer,
+            )
 
     @torch.no_grad()
     def token_logp(self, batch: PackedBatch) -> torch.Tensor:
         """Log-prob of each response token at temperature 1, [R] float32."""
         hidden_RD = self.hidden_rows(batch)
         weight_VD = self.head.weight.to(hidden_RD.dtype)
-        return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+        with nan_let_through():
+            return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
 
     def _decide_shared(self, wanted: str) -> bool:
         """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""
