@@ -156,17 +156,15 @@ def measure_faults(arguments: argparse.Namespace) -> dict[str, int]:
     engine.generate(prompts(1, "warm"), 2, Sampling(max_new_tokens=4))
     print(f"{'fault':<32} tried  outcome                      lost", flush=True)
     for name, case in cases.items():
-        timing = {}
         try:
             seconds, missing = rows.timed(case)
-            timing = rows.timings([seconds])
             outcome, survived, lost = f"went on after {seconds:.0f} s", survived + 1, lost + missing
         except Exception as error:  # any error is an outcome of the table
             missing, outcome = -1, f"stopped: {error}"
         print(f"{name:<32} 1      {outcome:<28} {missing}", flush=True)
         note = f"{' '.join(outcome.split())[:200]}; completions lost: {missing}"
         row = {"op": "fault", "variant": name, "mode": "vllm-server", "dtype": "float32", "note": note}
-        table.append(about | timing | row)
+        table.append(about | row)
     engine.close()
     rows.append(arguments.csv, table)
     return {"faults_tried": len(cases), "faults_survived": survived, "completions_lost": lost}
