@@ -1,8 +1,9 @@
 """Attention over packed groups [prompt | y1 | y2 | ...]: each prompt's keys and values are computed once and shared.
 
 Linear layers see every prompt token once. Only inside attention are the prompt's K and V put before each response's
-own, and torch SDPA runs on the pieces. Registered with transformers' AttentionInterface, so Llama-like models need no
-change to their code; `segments=plan` travels through the model's forward as a keyword.
+own, and torch SDPA runs on the pieces (a few plain operations where scores are soft-capped). Registered with
+transformers' AttentionInterface, so Llama-like models need no change to their code; `segments=plan` travels through the
+model's forward as a keyword.
 
 Shapes: T packed tokens, H query heads, K key/value heads, A head size.
 """
@@ -10,7 +11,7 @@ Shapes: T packed tokens, H query heads, K key/value heads, A head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,31 +21,38 @@ from ampo_fast.types import Segment
 
 NAME = "ampo_segments"
 
-# Keywords that change what attention computes and that this one does not honour. Raising beats a wrong result.
-_REFUSED = ("softcap", "sliding_window", "s_aux", "sinks", "position_bias")
+# Keywords that models hand on to every attention and that change nothing here; any other that is set is refused.
+_HARMLESS = {
+    "cache_position", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids",
+    "return_dict", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """The pieces of one packed batch, and the additive masks that its responses need, built once per forward."""
+    """The pieces of one packed batch, and the additive masks that they need, built once per forward."""
 
     piece_lengths: tuple[int, ...]
     """Lengths of [prompt, y1, y2, ...] of all groups, in packed order; zero-length responses included."""
     responses_per_group: tuple[int, ...]
-    mask: dict[tuple[int, int], torch.Tensor]
-    """(prompt length, response length) -> [response, prompt + response] additive mask."""
+    _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, segments: Sequence[Segment], dtype: torch.dtype, device: torch.device) -> SegmentPlan:
+    def build(cls, segments: Sequence[Segment]) -> SegmentPlan:
         lengths = [length for s in segments for length in (s.prompt_length, *s.response_lengths)]
-        shapes = {(s.prompt_length, n) for s in segments for n in s.response_lengths if n}
-        masks = {(p, n): _bottom_right_causal(p, n, dtype, device) for p, n in shapes}
-        return cls(tuple(lengths), tuple(len(s.response_lengths) for s in segments), masks)
+        return cls(tuple(lengths), tuple(len(s.response_lengths) for s in segments))
 
-
-def _bottom_right_causal(prompt: int, response: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    allowed = torch.ones(response, prompt + response, dtype=torch.bool, device=device).tril(diagonal=prompt)
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
+    def mask(self, before: int, query: torch.Tensor, window: int | None) -> torch.Tensor:
+        """[L, before + L] additive, of the query's type, for a query [1, H, L, A] that `before` keys came before; each
+        sees itself and what came before, `window` tokens in all at most. The layers share it."""
+        key = before, query.shape[2], window, query.dtype
+        if key not in self._masks:
+            allowed = torch.ones(query.shape[2], before + query.shape[2], dtype=torch.bool, device=query.device)
+            allowed = allowed.tril(diagonal=before)
+            if window is not None:
+                allowed = allowed.triu(diagonal=before - window + 1)
+            self._masks[key] = query.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
+        return self._masks[key]
 
 
 def segment_attention(
@@ -55,25 +63,23 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     segments: SegmentPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature; query [1, H, T, A], key and value [1, K, T, A] -> [1, T, H, A].
 
-    Without `segments` (generation) it is transformers' own SDPA attention.
+    Raises ValueError without `segments`, and for a keyword that it does not honour: a wrong result would be silent.
     """
-    if segments is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
-    if refused or dropout:
+    refused = [name for name, value_ in kwargs.items() if value_ is not None and name not in _HARMLESS]
+    refused += ["dropout"] * bool(dropout) + ["is_causal = False"] * (kwargs.get("is_causal") is False)
+    if refused or segments is None:
         raise ValueError(
-            f"shared-prefix attention does not honour {', '.join(refused) or 'dropout'}; "
+            f"shared-prefix attention does not honour {', '.join(refused) or 'a call without segments'}; "
             'set model.attention = "unshared" for this model'
         )
+    options = {"scale": scaling if scaling is not None else query.shape[-1] ** -0.5, "softcap": softcap}
     groups = query.shape[1] // key.shape[1]
     # split, not slices: the backward of a slice writes a full-size gradient, the backward of split is one cat.
     query_pieces = query.split(segments.piece_lengths, dim=2)
@@ -82,18 +88,35 @@ def segment_attention(
     out, i = [], 0
     for num_responses in segments.responses_per_group:
         prompt_key, prompt_value = key_pieces[i], value_pieces[i]
-        out.append(
-            scaled_dot_product_attention(query_pieces[i], prompt_key, prompt_value, is_causal=True, scale=scaling)
-        )
+        prompt = prompt_key.shape[2]
+        is_plain = softcap is None and (sliding_window is None or sliding_window >= prompt)
+        mask = None if is_plain else segments.mask(0, query_pieces[i], sliding_window)
+        out.append(_attend(query_pieces[i], prompt_key, prompt_value, mask, **options))
         for j in range(i + 1, i + 1 + num_responses):
             if query_pieces[j].shape[2] == 0:
                 continue
             keys = torch.cat((prompt_key, key_pieces[j]), dim=2)
             values = torch.cat((prompt_value, value_pieces[j]), dim=2)
-            mask = segments.mask[prompt_key.shape[2], query_pieces[j].shape[2]]
-            out.append(scaled_dot_product_attention(query_pieces[j], keys, values, attn_mask=mask, scale=scaling))
+            mask = segments.mask(prompt, query_pieces[j], sliding_window)
+            out.append(_attend(query_pieces[j], keys, values, mask, **options))
         i += 1 + num_responses
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softmax(cap(q k^T scale) + mask) v; torch's kernel where there is no cap, which it does not know; None: causal."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    return torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def register() -> None:
@@ -104,15 +127,10 @@ def register() -> None:
 
 
 def why_not_shared(model: Any) -> str | None:
-    """Why a transformers model cannot run shared-prefix attention, or None where it can."""
+    """Why a transformers model cannot run shared-prefix attention, or None where nothing speaks against it."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not use transformers' attention interface"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention has a softcap"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"it has layers of type {', '.join(sorted(kinds - {'full_attention'}))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"it attends through a sliding window of {config.sliding_window}"
-    return None
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    return f"it has layers of type {', '.join(sorted(unknown))}" if unknown else None

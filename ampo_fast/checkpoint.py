@@ -1,7 +1,9 @@
 """Checkpoints that survive: written aside, synced, renamed; partial ones are never seen; no pickle.
 
-checkpoints/step_000030/ holds model.safetensors and optimizer.safetensors (float32) and state.json (step, counters).
-Everything random is keyed by (seed, step, prompt, candidate), so there is no generator state to save.
+checkpoints/step_000030/ holds shard-*.safetensors, each rank's part of the parameters and of AdamW's moments in
+float32, written by torch.distributed.checkpoint, and state.json: format, world size, counters, and every shard's size.
+Any number of ranks may load what any other number saved. Everything random is keyed by (seed, step, prompt,
+candidate), so there is no generator state to save.
 """
 
 from __future__ import annotations
@@ -11,17 +13,25 @@ import logging
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 
+from ampo_fast import distributed
 from ampo_fast.config import CheckpointConfig
 from ampo_fast.model import Policy
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2
+"""Of the directory. 1 was two whole safetensors files, written by a single process."""
+
+_WAY_OUT = "delete that directory to fall back to the checkpoint before"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -36,54 +46,139 @@ def checkpoint_dirs(root: Path) -> list[tuple[int, Path]]:
 def save_checkpoint(
     root: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Writes root/step_N so that it exists complete or not at all. Raises OSError (disk full, ...) leaving older ones."""
+    """Writes root/step_N so that it exists complete or not at all; every rank must call it.
+
+    Raises OSError (disk full, ...) on every rank, whichever met it, and leaves older checkpoints as they were.
+    """
     target = root / f"step_{step:06d}"
-    if target.exists():
+    if distributed.on_main(target.exists):
         return target
-    aside = root / f".step_{step:06d}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    tensors = {"model": _unique(policy.model.state_dict()), "optimizer": _optimizer_tensors(optimizer)}
-    root.mkdir(parents=True, exist_ok=True)
-    _check_disk(root, tensors)
-    aside.mkdir()
+    aside = root / f"{target.name}.partial"
+    tensors = _tensors(policy, optimizer)
     try:
-        for name, content in tensors.items():
-            save_file(content, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
-        for path in aside.iterdir():
-            _fsync(path)
-        _fsync(aside)
-        aside.rename(target)
-        _fsync(root)
+        distributed.on_main(lambda: _open_aside(aside, tensors))
+        _collective(lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}")
+        distributed.on_main(lambda: _commit(aside, target, state))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     return target
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores model and optimizer in place and returns state.json. Raises ValueError for another model or a corrupt file."""
+    """Restores model and optimizer in place, whatever number of ranks saved them, and returns the state that was given.
+
+    Every rank must call it. Raises ValueError naming the file that is damaged, or what differs in a checkpoint of
+    another model or format.
+    """
+    state = distributed.on_main(lambda: _read_state(path))
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        state = json.loads((path / "state.json").read_text())
-        model = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-    except Exception as error:  # safetensors raises its own type for a truncated file; any cause means the same here
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({error}); delete it to fall back to the one before"
-        ) from error
-    own = _unique(policy.model.state_dict())
-    differing = sorted(
-        name
-        for name in own.keys() | model.keys()
-        if name not in own or name not in model or own[name].shape != model[name].shape
-    )
-    if differing:
-        raise ValueError(f"checkpoint {path} is of another model: {', '.join(differing[:3])} differ")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(model[name])
-    _load_optimizer(optimizer, moments)
+        shapes = {name: tuple(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
+        _check_model(path, _tensors(policy, optimizer), shapes)
+        _make_moments(policy, optimizer, shapes)
+        distributed.reshard(policy)  # else the whole parameters that a forward left behind hide what is loaded
+        tensors = _tensors(policy, optimizer)
+        _collective(lambda options: dcp.load(tensors, storage_reader=reader, **options), f"read {path}")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error}); {_WAY_OUT}") from error
     return state
+
+
+def _make_moments(policy: Policy, optimizer: torch.optim.Optimizer, saved: Collection[str]) -> None:
+    """AdamW's state, sharded as its parameter, for every parameter that had been trained when the checkpoint was made."""
+    for name, parameter in policy.model.named_parameters():
+        optimizer.state.pop(parameter, None)
+        if f"optimizer.{name}.exp_avg" in saved:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """One safetensors file a rank, named by it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, save_distributed=True)
+
+
+def _collective(work: Callable[[dict[str, Any]], Any], what: str) -> None:
+    """Runs a DCP call; what any rank's file system says is an OSError on every rank."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*in a single process")  # that is what was asked for
+            work({"no_dist": distributed.world_size() == 1})
+    except dcp.CheckpointException as error:  # a BaseException, with what every rank met
+        where, cause = next(iter(error.failures.items()))
+        raise OSError(f"cannot {what} (rank {where}: {cause[0]})") from error
+
+
+def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters (a tied head once), buffers and AdamW's state under flat names; views, so that loading fills them."""
+    persistent = policy.model.state_dict().keys()
+    named = {f"model.{name}": buffer for name, buffer in policy.model.named_buffers() if name in persistent}
+    for name, parameter in policy.model.named_parameters():
+        named[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # safetensors cannot slice a scalar.
+            named[f"optimizer.{name}.{key}"] = value.reshape(1) if value.ndim == 0 else value
+    return named
+
+
+def _open_aside(aside: Path, tensors: dict[str, torch.Tensor]) -> None:
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    _check_disk(aside.parent, tensors)
+    aside.mkdir()
+
+
+def _commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
+    """The shards are on disk (DCP syncs each): name them with their sizes, then make the directory real by its name."""
+    files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+    header = {"format": FORMAT, "world_size": distributed.world_size(), "files": files}
+    (aside / "state.json").write_text(json.dumps(header | {"state": state}))
+    _fsync(aside / "state.json")
+    _fsync(aside)
+    aside.rename(target)
+    _fsync(target.parent)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The caller's part of state.json, after checking that every shard is there and whole."""
+    try:
+        header = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {path / 'state.json'} cannot be read ({error}); {_WAY_OUT}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {header.get('format', 1)}, this version reads {FORMAT}; {_WAY_OUT}"
+        )
+    for name, size in header["files"].items():
+        shard = path / name
+        have = shard.stat().st_size if shard.exists() else None
+        if have != size:
+            problem = "is missing" if have is None else f"has {have} bytes of {size}: truncated"
+            raise ValueError(f"checkpoint shard {shard} {problem}; {_WAY_OUT}")
+    if header["world_size"] != distributed.world_size():
+        log.warning(
+            "%s was saved by %d ranks and is loaded by %d: what follows is equal within rounding, not bit for bit",
+            path, header["world_size"], distributed.world_size(),
+        )  # fmt: skip
+    return header["state"]
+
+
+def _check_model(path: Path, own: dict[str, torch.Tensor], saved: dict[str, tuple[int, ...]]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    differing = [
+        f"{name.removeprefix('model.')} is {saved.get(name, 'missing')} there, {shapes.get(name, 'missing')} here"
+        for name in sorted(shapes.keys() | saved.keys())
+        if name.startswith("model.") and shapes.get(name) != saved.get(name)
+    ]
+    if differing:
+        raise ValueError(f"checkpoint {path} is of another model than model.path: {'; '.join(differing[:3])}")
 
 
 def prune_checkpoints(root: Path, config: CheckpointConfig) -> None:
@@ -91,7 +186,7 @@ def prune_checkpoints(root: Path, config: CheckpointConfig) -> None:
     for step, path in checkpoint_dirs(root)[: -config.keep_last]:
         if not (config.keep_every and step % config.keep_every == 0):
             shutil.rmtree(path)
-    for leftover in root.glob(".step_*.incomplete"):
+    for leftover in root.glob("step_*.partial"):
         shutil.rmtree(leftover)
 
 
@@ -109,32 +204,8 @@ def require_disk(run_dir: Path, policy: Policy, config: CheckpointConfig) -> Non
         )
 
 
-def _unique(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each storage once: safetensors refuses a head that is tied to the embedding."""
-    seen: set[int] = set()
-    kept = {}
-    for name, tensor in state.items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor.detach()
-    return kept
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    entries = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, entry in entries.items() for key, value in entry.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _check_disk(root: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+def _check_disk(root: Path, tensors: dict[str, torch.Tensor]) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of all shards together
     free = shutil.disk_usage(root).free
     if free < 1.02 * needed:
         raise OSError(

@@ -32,6 +32,9 @@ class RunConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         ("tensorboard",), description="Besides metrics.jsonl, which is always written."
     )
+    timeout_s: Annotated[float, Field(gt=0.0)] = Field(
+        1800.0, description="How long a rank waits for the others before it names the one that hangs."
+    )
 
 
 class DataConfig(Section):
@@ -115,6 +118,9 @@ class LossConfig(Section):
 class OptimConfig(Section):
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
     micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each layer's input and run it again in the backward: less memory, a third slower."
+    )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")
@@ -214,8 +220,8 @@ def recipe_path(name: str) -> Path:
     return recipes / f"{name}.toml"
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once.
+def load_config(name: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
+    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once against `schema`.
 
     Raises ValueError with every problem in one message: field, value got, and the nearest name for an unknown key.
     """
@@ -227,14 +233,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{path}: {error}") from None
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
-    return build_config(values, source=str(path))
+    return build_config(values, source=str(path), schema=schema)
 
 
-def build_config(values: dict[str, Any], source: str = "config") -> Config:
+def build_config(values: dict[str, Any], source: str = "config", schema: type[Section] = Config) -> Any:
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = [_describe(problem, schema) for problem in error.errors()]
         raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -271,10 +277,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, schema: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = [path for path, _ in field_paths()] + list(Config.model_fields)
+        names = [path for path, _ in field_paths(schema)] + list(schema.model_fields)
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"unknown key {key}{hint}"

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses, packed_length
 from ampo_fast.rewards import RewardFn, score_groups
-from ampo_fast.rollouts import RolloutEngine
+from ampo_fast.rollouts import RolloutEngine, rank_batches
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup
 
 
@@ -35,13 +36,21 @@ def evaluate(
 ) -> Evaluation:
     """Answers held-out prompts at the training temperature with fixed noise, scores them, and measures drift.
 
-    The start policy is loaded for the comparison and dropped again: it costs memory only here.
+    Each rank answers its share; the result is every rank's. policy is whole, not sharded. The start policy is loaded
+    for the comparison and dropped again: it costs memory only here.
     """
     sampling = eval_sampling(config)
-    groups = engine.generate(prompts, config.eval.samples, sampling)
-    scored = score_groups(groups, reward_fn, embedder, config)
-    own_R = response_logp(policy, groups, config.optim.micro_batch_tokens)
-    start_R = response_logp(load_start(), groups, config.optim.micro_batch_tokens)
+    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
+    batches = rank_batches(lengths, config.eval.samples, config.rollout.batch_rows, sampling.max_new_tokens)
+    mine = [i for batch in batches for i in batch]
+    own_groups = engine.generate([prompts[i] for i in mine], config.eval.samples, sampling)
+    own_scored = score_groups(own_groups, reward_fn, embedder, config)
+    own_logp = [response_logp(each, own_groups, config.optim.micro_batch_tokens) for each in (policy, load_start())]
+    parts = distributed.all_gather((mine, own_scored, own_logp))
+    by_index = {i: group for indices, scored, _ in parts for i, group in zip(indices, scored, strict=True)}
+    scored = [by_index[i] for i in range(len(prompts))]
+    groups = [group.group for group in scored]
+    own_R, start_R = (torch.cat([logp[i] for _, _, logp in parts]) for i in range(2))
     return Evaluation(scored=scored, metrics=_reward_metrics(scored) | _text_metrics(groups) | _drift(own_R, start_R))
 
 
@@ -58,6 +67,8 @@ def eval_sampling(config: Config) -> Sampling:
 
 def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: int) -> torch.Tensor:
     """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order."""
+    if not groups:
+        return torch.empty(0)
     parts, chunk, used = [], [], 0
     for group in [*groups, None]:
         length = (

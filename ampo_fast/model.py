@@ -7,6 +7,7 @@ Shapes: T packed tokens, R predicted response tokens, D hidden, V vocab, B group
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ampo_fast import attention
+from ampo_fast import attention, distributed
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
-from ampo_fast.types import PackedBatch
+from ampo_fast.packing import pack_responses
+from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt
+from ampo_fast.validation import nan_let_through
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +41,10 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.source = source
         self.compute_dtype = getattr(torch, config.dtype)
-        self.is_shared = _decide_shared(model, config.attention)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.stop_ids = _stop_ids(model, tokenizer)
         self._check_head()
+        self.is_shared = self._decide_shared(config.attention)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
@@ -55,7 +59,33 @@ class Policy(nn.Module):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
-        return cls(model, tokenizer, config, source)
+        return cls(model.to(distributed.device()), tokenizer, config, source)
+
+    @classmethod
+    def load_replica(cls, config: ModelConfig) -> Policy:
+        """A whole copy for sampling and scoring beside a sharded policy: parameters in the compute type, none trained."""
+        policy = cls.load(config).requires_grad_(False)
+        for parameter in policy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
+            parameter.data = parameter.data.to(policy.compute_dtype)
+        return policy
+
+    def checkpoint_activations(self) -> Policy:
+        """Keeps only each block's input for the backward, which runs the block again; the head is never run twice."""
+        for block in self.blocks:
+            block.forward = functools.partial(_checkpointed, self.model, block.forward)
+        return self
+
+    def shard(self) -> Policy:
+        """Spreads the parameters over all ranks (FSDP2), in place; nothing where there is one rank."""
+        if distributed.world_size() > 1:
+            distributed.shard(self, self.blocks, self.compute_dtype, methods=("token_logp",))
+        return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's layers, by what the model class says must not be split."""
+        names = set(self.model._no_split_modules or ())
+        return [module for module in self.model.modules() if type(module).__name__ in names]
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +122,8 @@ class Policy(nn.Module):
         return hidden_TD[batch.row_R] if self.is_shared else hidden_TD
 
     def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
-        plan = attention.SegmentPlan.build(batch.segments, self.compute_dtype, self.device)
-        with _attention_implementation(self.model, attention.NAME):
+        plan = attention.SegmentPlan.build(batch.segments)
+        with attention_implementation(self.model, attention.NAME):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
             ).last_hidden_state[0]
@@ -117,29 +147,55 @@ class Policy(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         """-> (loss, ResponseStats): the sum of the batch's group losses over `normalizer`, the global group count."""
         hidden_RD = self.hidden_rows(batch)
-        return fused_linear_group_loss(
-            hidden_RD,
-            self.head.weight.to(hidden_RD.dtype),
-            batch.target_R,
-            batch.response_offsets,
-            batch.group_offsets,
-            batch.reward_M,
-            loss_fn,
-            ref_logp_M=batch.ref_logp_M,
-            positive_M=batch.positive_M,
-            baseline_B=batch.baseline_B,
-            bias_V=self.head.bias,
-            softcap=self.softcap,
-            eos_id=eos_id,
-            normalizer=normalizer,
-        )
+        with nan_let_through():  # the step's own guard sees it, on all ranks
+            return fused_linear_group_loss(
+                hidden_RD,
+                self.head.weight.to(hidden_RD.dtype),
+                batch.target_R,
+                batch.response_offsets,
+                batch.group_offsets,
+                batch.reward_M,
+                loss_fn,
+                ref_logp_M=batch.ref_logp_M,
+                positive_M=batch.positive_M,
+                baseline_B=batch.baseline_B,
+                bias_V=self.head.bias,
+                softcap=self.softcap,
+                eos_id=eos_id,
+                normalizer=normalizer,
+            )
 
     @torch.no_grad()
     def token_logp(self, batch: PackedBatch) -> torch.Tensor:
         """Log-prob of each response token at temperature 1, [R] float32."""
         hidden_RD = self.hidden_rows(batch)
         weight_VD = self.head.weight.to(hidden_RD.dtype)
-        return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+        with nan_let_through():
+            return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+
+    def _decide_shared(self, wanted: str) -> bool:
+        """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""
+        if wanted == "unshared":
+            return False
+        reason = attention.why_not_shared(self.model) or self._why_sharing_differs()
+        if reason and wanted == "segments":
+            raise ValueError(f'model.attention = "segments" cannot run here: {reason}; set it to "unshared"')
+        if reason:
+            log.warning("each response runs with its own copy of the prompt (slower): %s", reason)
+        return not reason
+
+    @torch.no_grad()
+    def _why_sharing_differs(self) -> str | None:
+        """Runs two short groups both ways: whatever a model's layers do, their hidden states must agree."""
+        batch = _probe_batch(self.stop_ids[0], self.device)
+        alone_RD = self._unshared_hidden(batch)
+        try:
+            shared_RD = self._shared_hidden(batch)[batch.row_R]
+        except (ValueError, TypeError) as error:
+            return str(error)
+        worst = (alone_RD - shared_RD).abs().max() / alone_RD.abs().max()
+        # Parameters are float32 here, where rounding alone stays below 1e-4.
+        return None if worst < 1e-3 else f"its hidden states differ by {worst:.1e} when a prompt is shared"
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -154,8 +210,31 @@ class Policy(nn.Module):
             raise ValueError(f"{type(self.model).__name__} changes its logits after the head (scaling?); not supported")
 
 
+def _probe_batch(token: int, device: torch.device) -> PackedBatch:
+    """Two short groups with responses of one to three tokens, for a comparison of two ways to run them."""
+    answers = [Candidate(content="", token_ids=(token, *range(n))) for n in range(3)]
+    groups = [
+        CandidateGroup(prompt=Prompt(id="", messages=()), prompt_ids=(token, *range(n)), candidates=tuple(answers))
+        for n in (3, 1)
+    ]
+    return pack_responses(groups, [range(3)] * 2, device)
+
+
+def _checkpointed(model: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    name = model.config.get_text_config()._attn_implementation
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with attention_implementation(model, name):  # the second run is in the backward, after the forward put it back
+            return forward(*args, **kwargs)
+
+    # Always in eval mode, so there is no dropout whose random state a second run would have to meet again.
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 @contextlib.contextmanager
-def _attention_implementation(model: Any, name: str):
+def attention_implementation(model: Any, name: str):
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = name
@@ -163,15 +242,6 @@ def _attention_implementation(model: Any, name: str):
         yield
     finally:
         config._attn_implementation = before
-
-
-def _decide_shared(model: Any, wanted: str) -> bool:
-    reason = attention.why_not_shared(model)
-    if wanted == "segments" and reason:
-        raise ValueError(f'model.attention = "segments" cannot run here: {reason}; set it to "unshared"')
-    if reason and wanted == "auto":
-        log.warning("each response runs with its own copy of the prompt (slower): %s", reason)
-    return wanted != "unshared" and not reason
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -206,13 +276,26 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit.
 
-    dtype defaults to float32. Raises RuntimeError when what was read back differs.
+    Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. dtype defaults to float32.
+    Raises RuntimeError when what was read back differs.
     """
+    dtype = dtype or torch.float32
+    state = {
+        name: tensor.to("cpu", dtype)
+        for name, tensor in distributed.whole_tensors(policy.model)
+        if distributed.is_main()
+    }
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
+        if name in state:  # a tied head is one tensor under two names, or it would be written twice
+            state[name] = state[first.setdefault(parameter, name)]
+    distributed.on_main(lambda: _write_and_compare(policy, directory, state, dtype))
+
+
+def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
-    dtype = dtype or torch.float32
-    with _attention_implementation(policy.model, "sdpa"):
-        state = {name: tensor.detach().to(dtype) for name, tensor in policy.model.state_dict().items()}
+    with attention_implementation(policy.model, "sdpa"):
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)
     reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()

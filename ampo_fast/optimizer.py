@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ampo_fast.config import OptimConfig
+from ampo_fast.distributed import whole
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -35,10 +36,11 @@ def guarded_step(
 ) -> tuple[float, bool]:
     """Clips, checks loss and gradient norm, steps. -> (gradient norm before clipping, whether the step was taken).
 
-    A non-finite loss or norm leaves parameters and optimizer state as they were.
+    A non-finite loss or norm leaves parameters and optimizer state as they were. Under FSDP the norm is that of all
+    shards, and the loss must be the sum over ranks: every rank then decides alike.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     is_finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
     if is_finite:
         for group in optimizer.param_groups:

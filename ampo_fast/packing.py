@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ampo_fast.types import CandidateGroup, PackedBatch, ScoredGroup, Segment, SelectedGroup
+from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt, ScoredGroup, Segment, SelectedGroup
 
 
 def packed_length(prompt_length: int, response_lengths: Sequence[int]) -> int:
@@ -24,7 +24,7 @@ def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[list
     batches: list[list[SelectedGroup]] = []
     used = max_tokens
     for group in groups:
-        length = _group_tokens(group)
+        length = group_tokens(group)
         if length > max_tokens:
             raise ValueError(
                 f"the group of prompt {group.scored.group.prompt.id} packs to {length} tokens, more than "
@@ -38,10 +38,54 @@ def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[list
     return batches
 
 
-def _group_tokens(group: SelectedGroup) -> int:
+def balanced_shares(weights: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Indices 0 .. len - 1 dealt into shares of about equal weight: the heaviest first, each to the lightest share.
+
+    A pure function of its arguments; within a share the indices ascend. Shares may be empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(i)
+        loads[lightest] += weights[i]
+    return [sorted(share) for share in shares]
+
+
+def group_tokens(group: SelectedGroup) -> int:
+    """Packed tokens of one trained group."""
     candidates = group.scored.group.candidates
     kept = (*group.positive, *group.negative)
     return packed_length(len(group.scored.group.prompt_ids), [len(candidates[i].token_ids) for i in kept])
+
+
+def rank_micro_batches(
+    groups: Sequence[SelectedGroup], max_tokens: int, num_ranks: int
+) -> list[list[list[SelectedGroup]]]:
+    """For each rank its micro-batches: shares of about equal tokens, equally many each; [] where a rank has none left."""
+    shares = balanced_shares([group_tokens(group) for group in groups], num_ranks)
+    ranks = [micro_batches([groups[i] for i in share], max_tokens) for share in shares]
+    longest = max(map(len, ranks))
+    return [batches + [[]] * (longest - len(batches)) for batches in ranks]
+
+
+def idle_batch(device: torch.device | str = "cpu") -> PackedBatch:
+    """The smallest batch that every loss is defined on, for a rank that must keep the others company in a forward."""
+    return longest_batch(1, prompt_length=1, num_responses=2, response_length=1, device=device)
+
+
+def longest_batch(
+    num_groups: int, prompt_length: int, num_responses: int, response_length: int, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """Groups without meaning, all of one shape: the first response of each is the positive."""
+    candidate = Candidate(content="", token_ids=(0,) * response_length)
+    group = CandidateGroup(
+        prompt=Prompt(id="", messages=()), prompt_ids=(0,) * prompt_length, candidates=(candidate,) * num_responses
+    )
+    reward = [1.0] + [0.0] * (num_responses - 1)
+    batch = pack_responses([group] * num_groups, [range(num_responses)] * num_groups, device, [reward] * num_groups)
+    batch.positive_M[batch.group_offsets[:-1].to(device)] = True
+    return batch
 
 
 def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") -> PackedBatch:

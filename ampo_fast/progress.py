@@ -33,8 +33,9 @@ class TrainingProgress:
 
     `phase_s` holds the seconds per phase since the last `step_done`. A phase within a phase is
     shown while it runs, and its seconds belong to the outer one. The time left is remaining steps x
-    the mean phase seconds of a step, evaluations not counted. For other long work name its `unit`,
-    and give `plain_interval_s` so that the plain form prints at most one line in that time.
+    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that begins.
+    For other long work name its `unit`, and give `plain_interval_s` so that the plain form prints at most one line in
+    that time.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class TrainingProgress:
         plain_interval_s: float = 0.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self._on_phase = on_phase
         self.phase_s: dict[str, float] = {}
         self._total_s: dict[str, float] = {}
         self._total_steps, self._step, self._start_step = total_steps, start_step, start_step
@@ -76,6 +79,7 @@ class TrainingProgress:
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """Times what runs inside under `name`; `total` is how far `advance` will count."""
         self._running.append(_Phase(name, total))
+        self._on_phase(name)
         started = self._clock()
         try:
             yield

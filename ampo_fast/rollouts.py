@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from ampo_fast import distributed
 from ampo_fast.model import Policy
+from ampo_fast.packing import balanced_shares
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 
@@ -40,14 +42,22 @@ class IncompleteBatch(ConnectionError):
         self.finished = list(finished)
 
 
-def generation_batches(lengths: Sequence[int], n: int, batch_rows: int) -> list[list[int]]:
+def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
     """Indices of the prompts decoded together: neighbours in length, at most batch_rows candidates (one prompt at least).
 
-    A pure function of the lengths, so that a resumed run decodes the same batches. A batch is what is saved or redone.
+    A pure function of its arguments, so that a resumed run decodes the same batches. A batch is what is saved or
+    redone. num_ranks: at least so many batches, where there are so many prompts.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    size = max(1, batch_rows // n)
+    size = max(1, min(batch_rows // n, -(-len(lengths) // num_ranks)))
     return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def rank_batches(lengths: Sequence[int], n: int, batch_rows: int, max_new_tokens: int) -> list[list[int]]:
+    """The generation batches of this rank: whole batches, dealt over the ranks by their tokens."""
+    batches = generation_batches(lengths, n, batch_rows, distributed.world_size())
+    weights = [sum(lengths[i] + n * max_new_tokens for i in batch) for batch in batches]
+    return [batches[i] for i in balanced_shares(weights, distributed.world_size())[distributed.rank()]]
 
 
 def stream_seed(*parts: object) -> int:
@@ -88,7 +98,8 @@ class DataEngine:
 
 
 class TransformersEngine:
-    """Samples with the trainer's own module: no server, no copy of the weights, bit-for-bit repeatable on a CPU.
+    """Samples in this process: no server, and bit-for-bit repeatable on a CPU. With one rank the policy is the trainer's
+    own module; with more, a replica that load_weights refreshes.
 
     The prompt is prefilled once and its keys and values repeated for the candidates. Candidate i of a prompt draws its
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
@@ -103,7 +114,11 @@ class TransformersEngine:
         self.version = 0
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version  # the module is shared, its weights are already there
+        own = self.policy.model.state_dict()
+        for name, tensor in named_tensors:
+            if own[name].data_ptr() != tensor.data_ptr():  # else it is the trainer's own module, already up to date
+                own[name].copy_(tensor)
+        self.version = version
 
     def close(self) -> None:
         pass
@@ -230,7 +245,7 @@ class _Decoding:
             visible = key_P[None, None, :] >= padding_A[:, None, None]
             # A padding row attends to itself: a row with nothing visible would be NaN.
             own = torch.eye(longest, dtype=torch.bool, device=device)
-            mask = (visible & (key_P[:, None] >= key_P[None, :]) | own)[:, None]
+            mask = _layer_masks(policy, visible & (key_P[:, None] >= key_P) | own, key_P)
         state = cls(policy, _new_cache(longest + max_new_tokens), padding_A, length_A)
         state._forward(token_AP, position_AP, mask)
         state.keep([a for a in range(len(prompts)) for _ in range(n)])
@@ -247,11 +262,11 @@ class _Decoding:
         mask = None
         if bool(self.padding_A.any()):
             key_P = torch.arange(self.cache.get_seq_length() + 1, device=token_A.device)
-            mask = (key_P >= self.padding_A[:, None])[:, None, None]
+            mask = _layer_masks(self.policy, (key_P >= self.padding_A[:, None])[:, None], key_P[-1:])
         self._forward(token_A[:, None], self.position_A[:, None], mask)
         self.position_A = self.position_A + 1
 
-    def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _forward(self, token_AL: torch.Tensor, position_AL: torch.Tensor, mask: Any) -> None:
         hidden = self.policy.model.base_model(
             input_ids=token_AL,
             position_ids=position_AL,
@@ -262,6 +277,29 @@ class _Decoding:
         logits_AV = self.policy.head(hidden).float()
         softcap = self.policy.softcap
         self.logits_AV = softcap * torch.tanh(logits_AV / softcap) if softcap else logits_AV
+
+
+def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Tensor) -> Any:
+    """What transformers takes as attention_mask: masks [A, 1, L, P], by type of layer where a model has several types.
+
+    position_L: each query's place among the P keys. transformers leaves a mask of four dimensions as it is, so a
+    sliding window must be in it.
+    """
+    config = policy.model.config.get_text_config()
+    visible = visible_ALP[:, None]
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None:
+        return _as_attention_takes(visible, config)
+    near = torch.arange(visible.shape[-1], device=visible.device) > position_L[:, None] - window
+    sliding = _as_attention_takes(visible & near, config)
+    return {"full_attention": _as_attention_takes(visible, config), "sliding_attention": sliding} if types else sliding
+
+
+def _as_attention_takes(visible: torch.Tensor, config: Any) -> torch.Tensor:
+    """The plain operations of a soft-capped model add their mask to the scores; torch's kernel takes it as it is."""
+    if config._attn_implementation != "eager":
+        return visible
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _new_cache(capacity: int):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
-from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, generation_batches
+from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches
 from ampo_fast.sampler import PromptSampler
-from ampo_fast.select import RewardTolerance, select_groups
+from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import RowWriter, group_from_row, raw_rewards, read_embeddings, read_rows, write_rows_atomic
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup, SelectedGroup
 
@@ -37,6 +38,7 @@ class RoundMaker:
         self.reward_tol = 0.0
         self._spreads_before_newest = list(spreads)
         self._newest: tuple[int, list[SelectedGroup]] | None = None
+        self._written: list[SelectedGroup] = []
 
     def selected(self, index: int, first_step: int, step: int, progress: TrainingProgress) -> list[SelectedGroup]:
         """The groups of round `index`, whose first step is `first_step`; `step` steps are done."""
@@ -45,21 +47,39 @@ class RoundMaker:
         prompts = self.sampler.round(index)
         path = self.rollout_dir / f"step_{first_step + 1:06d}.jsonl"
         self._spreads_before_newest = list(self.tolerance.spreads)
-        if path.exists():  # left by the run that is being resumed, and equal to what would be sampled again
-            scored = self._reload(path, prompts)
+        if distributed.on_main(
+            path.exists
+        ):  # left by the run that is being resumed, equal to what would be sampled again
+            selected = self._select(lambda: self._reload(path, prompts), path, progress)
         elif step != first_step:
             raise ValueError(f"{path} is missing and cannot be sampled again: the policy has moved on since")
         else:
-            groups = self._generate(prompts, first_step, path, progress)
+            own = _partial(path, distributed.rank())
+            groups = self._generate(prompts, first_step, own, progress)
             with progress.phase("score"):
                 scored = score_groups(groups, self.reward_fn, self.embedder, self.config)
-        with progress.phase("select"):
-            self.reward_tol = self.tolerance.update(scored)
-            selected = select_groups(scored, self.config, self.reward_tol)
-        write_rows_atomic(path, selected)
-        _partial(path).unlink(missing_ok=True)
+            with progress.phase("gather"):
+                parts = distributed.gather(scored)
+            selected = self._select(lambda: _in_order(parts, prompts), path, progress)
+            own.unlink(missing_ok=True)
         self._newest = index, selected
         return selected
+
+    def _select(
+        self, scored: Callable[[], list[ScoredGroup]], path: Path, progress: TrainingProgress
+    ) -> list[SelectedGroup]:
+        """Rank 0 selects (milliseconds) and writes the round; the others receive what is trained on, the rest left empty."""
+
+        def select_and_write() -> tuple[float, list[SelectedGroup]]:
+            groups = scored()
+            self.reward_tol = self.tolerance.update(groups)
+            self._written = select_groups(groups, self.config, self.reward_tol)
+            write_rows_atomic(path, self._written)
+            return self.reward_tol, [without_unselected(group) for group in self._written]
+
+        with progress.phase("select"):
+            self.reward_tol, selected = distributed.on_main(select_and_write)
+        return self._written if distributed.is_main() else selected
 
     def spreads_before(self, index: int) -> list[float]:
         """The reward spreads seen before round `index` (the newest, or the next one): what a resumed run starts from."""
@@ -79,7 +99,7 @@ class RoundMaker:
     def _generate(
         self, prompts: Sequence[Prompt], first_step: int, path: Path, progress: TrainingProgress
     ) -> list[CandidateGroup]:
-        """Candidates for every prompt, kept on disk batch by batch so that a killed run repeats at most one batch."""
+        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch."""
         rollout = self.config.rollout
         sampling = Sampling(
             temperature=rollout.temperature,
@@ -90,9 +110,10 @@ class RoundMaker:
             step=first_step,
         )
         lengths = [len(self.policy.encode_prompt(prompt.messages)) for prompt in prompts]
-        batches = generation_batches(lengths, rollout.n, rollout.batch_rows)
-        with progress.phase("generate", total=len(prompts)), RowWriter(_partial(path)) as writer:
-            done = writer.groups(prompts)
+        batches = rank_batches(lengths, rollout.n, rollout.batch_rows, rollout.max_new_tokens)
+        mine = [prompts[i] for batch in batches for i in batch]
+        with progress.phase("generate", total=len(mine)), RowWriter(path) as writer:
+            done = writer.groups(mine)
             for batch in batches:
                 todo = [prompts[i] for i in batch]
                 missing = [prompt for prompt in todo if prompt.id not in done]
@@ -100,7 +121,7 @@ class RoundMaker:
                     groups = self._answers(missing if self.engine.answers_singly else todo, sampling, writer)
                     done |= {group.prompt.id: group for group in groups}
                 progress.advance(len(batch))
-        return [done[prompt.id] for prompt in prompts]
+        return [done[prompt.id] for prompt in mine]
 
     def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter) -> list[CandidateGroup]:
         """The engine's groups, written down; also those of a batch that it could not finish."""
@@ -113,5 +134,11 @@ class RoundMaker:
         return groups
 
 
-def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial.jsonl")
+def _in_order(parts: Sequence[Sequence[ScoredGroup]], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    """All ranks' groups in the round's order of prompts."""
+    by_id = {scored.group.prompt.id: scored for part in parts for scored in part}
+    return [by_id[prompt.id] for prompt in prompts]
+
+
+def _partial(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".partial{rank or ''}.jsonl")

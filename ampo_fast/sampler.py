@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections.abc import Sequence
 
@@ -28,6 +29,25 @@ def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, fie
     if num_long:
         log.warning("%s: left out %d of %d prompts longer than %d tokens", field, num_long, len(prompts), limit)
     return kept
+
+
+def longest_prompt(prompts: Sequence[Prompt], policy: Policy, config: Config) -> int:
+    """Tokens of the longest prompt, looked for among the 64 with the most characters.
+
+    Raises ValueError when optim.micro_batch_tokens cannot hold it with one response.
+    """
+
+    def characters(prompt: Prompt) -> int:
+        return sum(len(turn["content"]) for turn in prompt.messages)
+
+    longest = max(len(policy.encode_prompt(p.messages)) for p in heapq.nlargest(64, prompts, key=characters))
+    needed, budget = longest + config.rollout.max_new_tokens, config.optim.micro_batch_tokens
+    if needed > budget:
+        raise ValueError(
+            f"optim.micro_batch_tokens = {budget} cannot hold the longest prompt ({longest} tokens) and one response "
+            f"(rollout.max_new_tokens = {config.rollout.max_new_tokens}); raise it to at least {needed}"
+        )
+    return longest
 
 
 class PromptSampler:

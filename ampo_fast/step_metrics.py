@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,36 +58,53 @@ def distinctness(scored: ScoredGroup, indices: Sequence[int]) -> float:
     return torch.pdist(points).mean().item() if len(points) > 1 else math.nan
 
 
-def policy_metrics(stats: Sequence[Any], batches: Sequence[PackedBatch]) -> dict[str, float]:
-    """How the policy sees the trained responses: per-token log-probs of both sides, margins, how often the positive leads."""
-    positive, negative, margins, leads = [], [], [], []
-    for part, batch in zip(stats, batches, strict=True):
-        average = (part.logp_M / part.length_M).float().cpu()
-        is_positive = batch.positive_M.cpu()
-        positive += average[is_positive].tolist()
-        negative += average[~is_positive].tolist()
-        for start, end in zip(batch.group_offsets[:-1], batch.group_offsets[1:], strict=True):
-            values, side = average[start:end], is_positive[start:end]
-            gaps = (values[side].max() - values[~side]).tolist()
-            margins += gaps
-            leads += [gap > 0 for gap in gaps]
+@dataclass(frozen=True, slots=True)
+class TrainedGroup:
+    """How the policy sees one trained group: per-token log-probs of its responses, and how far the engine's are off."""
+
+    positive: list[float]
+    negative: list[float]
+    difference: list[float] | None
+    """|trainer - engine| per token, per response: what was sampled from against what is trained; None: not known."""
+
+
+def trained_groups(stats: Any, batch: PackedBatch) -> list[TrainedGroup]:
+    """The groups of one micro-batch, in order; stats is what the loss returned for it."""
+    average_M = (stats.logp_M / stats.length_M).float().cpu()
+    is_positive_M = batch.positive_M.cpu()
+    difference_M = _engine_difference(stats, batch)
+    groups = []
+    for start, end in itertools.pairwise(batch.group_offsets.tolist()):
+        values, side = average_M[start:end], is_positive_M[start:end]
+        difference = None if difference_M is None else difference_M[start:end].tolist()
+        groups.append(TrainedGroup(values[side].tolist(), values[~side].tolist(), difference))
+    return groups
+
+
+def _engine_difference(stats: Any, batch: PackedBatch) -> torch.Tensor | None:
+    if batch.sampled_logp_R is None:
+        return None
+    ends = batch.response_offsets.tolist()
+    engine_M = torch.stack([batch.sampled_logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
+    return ((stats.logp_M - engine_M).abs() / stats.length_M).cpu()
+
+
+def policy_metrics(groups: Sequence[TrainedGroup]) -> dict[str, float]:
+    """Per-token log-probs of both sides, margins, how often the positive leads."""
+    margins = [max(group.positive) - value for group in groups for value in group.negative]
     return {
-        "positive/logp": _mean(positive),
-        "negative/logp": _mean(negative),
+        "positive/logp": _mean([value for group in groups for value in group.positive]),
+        "negative/logp": _mean([value for group in groups for value in group.negative]),
         "rewards/margins": _mean(margins),
-        "rewards/accuracies": _mean(leads),
+        "rewards/accuracies": _mean([margin > 0 for margin in margins]),
     }
 
 
-def logp_difference(stats: Sequence[Any], batches: Sequence[PackedBatch]) -> dict[str, float]:
-    """|trainer - engine| per token, per response: what the engine sampled from against what is trained."""
-    gaps: list[float] = []
-    for part, batch in zip(stats, batches, strict=True):
-        if batch.sampled_logp_R is None:
-            return {}
-        ends = batch.response_offsets.tolist()
-        engine = torch.stack([batch.sampled_logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
-        gaps += ((part.logp_M - engine).abs() / part.length_M).tolist()
+def logp_difference(groups: Sequence[TrainedGroup]) -> dict[str, float]:
+    """|trainer - engine| over the responses whose engine's log-probs are known."""
+    if any(group.difference is None for group in groups):
+        return {}
+    gaps = [value for group in groups for value in group.difference]
     return {
         "sampling/sampling_logp_difference/mean": _mean(gaps),
         "sampling/sampling_logp_difference/max": max(gaps),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ampo_fast import distributed
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
@@ -27,12 +29,12 @@ from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
-from ampo_fast.sampler import PromptSampler, admit_prompts
+from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.types import Prompt
-from ampo_fast.update import Updater, make_loss
+from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
 log = logging.getLogger(__name__)
@@ -41,31 +43,44 @@ log = logging.getLogger(__name__)
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """Runs AMPO as configured; returns the summary (also summary.json). SIGTERM and SIGUSR1: checkpoint and return.
 
-    With resume, goes on from the newest complete checkpoint of the run directory, or starts anew where there is none.
-    On a CPU with the transformers engine the metrics are then, bit for bit, those of a run that was never stopped.
+    Under torchrun every process calls it: prompts, scoring and training are split over the ranks, the parameters are
+    sharded, and rank 0 writes the run directory. With resume, goes on from the newest complete checkpoint of the run
+    directory, or starts anew where there is none. On a CPU with the transformers engine and as many ranks as before the
+    metrics are then, bit for bit, those of a run that was never stopped.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version trains in one process; start it without torchrun")
-    trainer = Trainer(config, resume)
-    try:
-        return trainer.run()
-    finally:
-        trainer.engine.close()
+    with distributed.process_group(config.run.timeout_s), distributed.named_errors():
+        trainer = Trainer(config, resume)
+        try:
+            return trainer.run()
+        finally:
+            trainer.engine.close()
 
 
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
-        make_loss(config)  # a loss that cannot be built is said before the model is loaded
         self.policy = Policy.load(config.model)
+        # What samples, embeds and is measured: the policy itself, or, where it is sharded, a whole copy kept up to date.
+        is_alone = distributed.world_size() == 1
+        self.load_whole = Policy.load if is_alone else Policy.load_replica
+        self.actor = self.policy if is_alone else self.load_whole(config.model)
+        if config.optim.activation_checkpointing:
+            self.policy.checkpoint_activations()
+        self.policy.shard()
         self.train_prompts = self._prompts(config.data.train, "data.train")
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
-        self.embedder = make_embedder(config, self.policy)
+        self.embedder = make_embedder(config, self.actor)
         self.reward_fn = make_reward(config, self.embedder)
-        self.updater = Updater(config, self.policy)
-        self.engine = make_engine(config, self.policy)
-        self.run_dir = open_run_dir(config, resume)
+        self.updater = Updater(config, self.policy, self.train_prompts)
+        longest = longest_prompt(self.train_prompts, self.policy, config)
+        if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
+            self.updater.preflight(longest)
+        self.engine = make_engine(config, self.actor)
+        # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
+        is_own = isinstance(self.engine, TransformersEngine)
+        self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
+        self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
         self.state: dict[str, Any] = {
             "spreads": [],
             "num_tokens": 0,
@@ -75,9 +90,10 @@ class Trainer:
         }
         self.step = self._restore() if resume else 0
         require_disk(self.run_dir, self.policy, config.checkpoint)
-        (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        if distributed.is_main():
+            (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         self.rounds = RoundMaker(
-            config, self.policy, self.engine, self.sampler, self.reward_fn, self.embedder,
+            config, self.actor, self.engine, self.sampler, self.reward_fn, self.embedder,
             self.run_dir / "rollouts", self.state["spreads"],
         )  # fmt: skip
         self.started = time.monotonic() - self.state["wall_s"]
@@ -86,23 +102,23 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         config = self.config
-        resume_step = self.step if self.step else -1
         with (
-            MetricsLog(self.run_dir, config.run.trackers, resume_step=resume_step) as self.metrics,
-            TrainingProgress(config.run.steps, self.step) as self.progress,
+            self._open_metrics() as self.metrics,
+            self._open_progress() as self.progress,
             stop_signals() as stop,
         ):
             if self.eval_prompts and self.step == 0:
                 self._evaluate("before")
-            stopped = None
+            stopped = signal = None
             while self.step < config.run.steps and not stopped:
                 self._train_one_step()
-                stopped = stop.reason or self._evaluate_if_due()
+                signal = next(filter(None, distributed.all_gather(stop.reason)), None)
+                stopped = signal or self._evaluate_if_due()
                 if stopped or self._is_checkpoint_due():
                     self._save()
-            if stop.reason:
-                self.progress.note(f"{stop.reason}: saved step {self.step}; go on with --resume auto")
-                return {"run_dir": str(self.run_dir), "steps": self.step, "stopped": stop.reason}
+            if signal:
+                self.progress.note(f"{signal}: saved step {self.step}; go on with --resume auto")
+                return {"run_dir": str(self.run_dir), "steps": self.step, "stopped": signal}
             return self._finish(stopped)
 
     def _train_one_step(self) -> None:
@@ -113,13 +129,20 @@ class Trainer:
         selected = selected[at : at + self.config.optim.prompts_per_step]
         metrics = self.updater.step(selected, self.step, self.progress, self._is_comparable)
         self.state["num_tokens"] += metrics["num_tokens"]
-        metrics |= {"num_tokens": self.state["num_tokens"]} | group_metrics(selected, self.rounds.reward_tol)
         self.step += 1
         if self._place(self.step)[0] != round_index:
             with self.progress.phase("sync"):
-                push_weights(self.policy, self.engine, self.step)
+                self._sync(self.step)
             metrics |= self.engine.sync_metrics
-        self._log_step(metrics)
+        if distributed.is_main():  # which alone has the candidates that were not selected
+            metrics = self._log_step(metrics | group_metrics(selected, self.rounds.reward_tol))
+        self.progress.step_done(self.step, metrics)
+
+    def _sync(self, version: int) -> None:
+        """Sends the weights to everyone who holds a copy; every rank takes part."""
+        for engine in dict.fromkeys((self.engine, self.actor_engine)):
+            if engine.version != version:
+                push_weights(self.policy, engine, version)
 
     # --- where we are ---------------------------------------------------------------------------------------------
 
@@ -140,40 +163,40 @@ class Trainer:
         is_fresh = self.step % self._steps_per_round == 0
         return is_fresh and rollout.temperature == 1.0 and rollout.top_p == 1.0 and not rollout.top_k
 
-    def _log_step(self, metrics: dict[str, float]) -> None:
+    def _log_step(self, metrics: dict[str, float]) -> dict[str, float]:
         seconds = dict(self.progress.phase_s)
         step_s = sum(seconds.values())
+        metrics |= {"num_tokens": self.state["num_tokens"]}
         metrics |= {"epoch": self.sampler.epoch(self.step / self._steps_per_round)}
         metrics |= {f"time/{name}": value for name, value in seconds.items()} | {"time/step": step_s}
         sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
         metrics |= {"perf/tokens_per_second": sampled / step_s, "perf/peak_rss_mib": peak_rss_mib()}
         self.metrics.log(self.step, metrics)
-        self.progress.step_done(self.step, metrics)
+        return metrics
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, name: str) -> float:
-        """Writes eval/NAME.jsonl, then its line of metrics (so that a line implies the file); returns the mean reward."""
+    def _evaluate(self, name: str) -> dict[str, float]:
+        """Writes eval/NAME.jsonl, then its line of metrics (so that a line implies the file); returns the metrics."""
         with self.progress.phase("eval"):
             result = self._measure()
-        write_rows_atomic(self.run_dir / "eval" / f"{name}.jsonl", result.scored)
-        self.metrics.log(self.step, result.metrics | {"time/eval": self.progress.phase_s.get("eval", 0.0)})
+        seconds = self.progress.phase_s.pop("eval")
+        if distributed.is_main():
+            write_rows_atomic(self.run_dir / "eval" / f"{name}.jsonl", result.scored)
+            self.metrics.log(self.step, result.metrics | {"time/eval": seconds})
         shown = ", ".join(f"{key.removeprefix('eval/')} {value:.4f}" for key, value in result.metrics.items())
         self.progress.note(f"evaluation at step {self.step}: {shown}")
-        self.progress.phase_s.pop("eval", None)
-        return result.metrics["eval/reward"]
+        return result.metrics
 
     def _measure(self) -> Evaluation:
         config = self.config
-        engine = self.engine
-        if config.rollout.engine == "data":
-            engine = TransformersEngine(self.policy, config.rollout.batch_rows)
-        elif engine.version != self.step:  # within a round an engine with weights of its own is behind
-            push_weights(self.policy, engine, self.step)
+        self._sync(self.step)  # within a round, weights that are not the policy's own are behind
+        engine = self.actor_engine if config.rollout.engine == "data" else self.engine
         reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
-            self.policy, engine, self.eval_prompts, reward_fn, self.embedder, config, lambda: Policy.load(config.model)
-        )
+            self.actor, engine, self.eval_prompts, reward_fn, self.embedder, config,
+            lambda: self.load_whole(config.model),
+        )  # fmt: skip
 
     def _evaluate_if_due(self) -> str | None:
         """Evaluates every eval.every steps, keeps the best policy; returns why to stop, or None."""
@@ -182,13 +205,12 @@ class Trainer:
             config.every and self.eval_prompts and self.step % config.every == 0 and self.step < self.config.run.steps
         ):
             return None
-        reward = self._evaluate(f"step_{self.step:06d}")
-        kl = read_metrics(self.metrics.path)[-1]["eval/kl"]
+        measured = self._evaluate(f"step_{self.step:06d}")
+        reward, kl = measured["eval/reward"], measured["eval/kl"]
         if self.state["best_reward"] is None or reward > self.state["best_reward"]:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
-                export(self.policy, self.run_dir / "best")
-                write_model_card(self.run_dir / "best", self.config, {"steps": self.step})
+                self._export("best", {"steps": self.step})
         else:
             self.state["bad_evals"] += 1
         if config.max_kl is not None and kl > config.max_kl:
@@ -197,7 +219,29 @@ class Trainer:
             return f"{config.patience} evaluations without a better reward (eval.patience)"
         return None
 
+    def _export(self, name: str, summary: dict[str, Any]) -> None:
+        export(self.policy, self.run_dir / name)
+        if distributed.is_main():
+            write_model_card(self.run_dir / name, self.config, summary)
+
     # --- start, save, finish --------------------------------------------------------------------------------------
+
+    def _open_metrics(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        if not distributed.is_main():
+            return contextlib.nullcontext()
+        return MetricsLog(self.run_dir, self.config.run.trackers, resume_step=self.step or -1)
+
+    @contextlib.contextmanager
+    def _open_progress(self) -> Iterator[TrainingProgress]:
+        """The display on rank 0, silence on the others; every rank tells the others where it is."""
+
+        def note(phase: str) -> None:
+            distributed.note_phase(f"step {self.step + 1}, {phase}")
+
+        with open(os.devnull, "w") as silence:
+            stream = None if distributed.is_main() else silence
+            with TrainingProgress(self.config.run.steps, self.step, stream=stream, on_phase=note) as progress:
+                yield progress
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
         needs_responses = field == "data.train" and self.config.rollout.engine == "data"
@@ -216,12 +260,13 @@ class Trainer:
         return self._prompts(config.data.eval, "data.eval")[: config.eval.prompts]
 
     def _restore(self) -> int:
-        found = checkpoint_dirs(self.run_dir / "checkpoints")
+        found = distributed.on_main(lambda: checkpoint_dirs(self.run_dir / "checkpoints"))
         if not found:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
-        push_weights(self.policy, self.engine, step // self._steps_per_round * self._steps_per_round)
+        # A round under way is on disk, made by an older policy: what samples next is synced when it ends.
+        self._sync(step // self._steps_per_round * self._steps_per_round)
         log.info("resumed from %s", path)
         return step
 
@@ -235,14 +280,23 @@ class Trainer:
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
             save_checkpoint(root, self.step, self.policy, self.updater.optimizer, self.state)
-            prune_checkpoints(root, self.config.checkpoint)
+            distributed.on_main(lambda: prune_checkpoints(root, self.config.checkpoint))
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         """Final evaluation, export, report and summary."""
+        if self.eval_prompts and not distributed.on_main(self._is_evaluated):
+            self._evaluate("after")
+        summary = distributed.on_main(lambda: self._summarise(stopped))
+        self._export("final", summary)
+        distributed.on_main(lambda: write_report(self.run_dir) and None)
+        return summary
+
+    def _is_evaluated(self) -> bool:
+        return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
+
+    def _summarise(self, stopped: str | None) -> dict[str, Any]:
         summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}
         if self.eval_prompts:
-            if not any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path)):
-                self._evaluate("after")
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
             summary |= paired_summary(before, after)
             print_completions(before, after, file=sys.stderr)
@@ -250,9 +304,6 @@ class Trainer:
             summary["stopped"] = stopped
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        export(self.policy, self.run_dir / "final")
-        write_model_card(self.run_dir / "final", self.config, summary)
-        write_report(self.run_dir)
         return summary
 
 

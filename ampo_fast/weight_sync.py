@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ampo_fast.distributed import whole_tensors
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import RolloutEngine
 
@@ -13,8 +14,8 @@ from ampo_fast.rollouts import RolloutEngine
 def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     """Streams the parameters, one at a time, into the engine as `version`; the tied head is sent beside the embedding.
 
-    (An engine that receives only the embedding keeps a stale head.) The transformers engine shares the module: nothing
-    is copied there.
+    (An engine that receives only the embedding keeps a stale head.) A sharded policy is gathered on the way, so every
+    rank must call it. Where the engine shares the policy's module nothing is copied.
     """
     engine.load_weights(version, named_weights(policy))
     return engine.version
@@ -22,4 +23,4 @@ def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer by its name in the checkpoint; a tied head has its own."""
-    return ((name, tensor.detach()) for name, tensor in policy.model.state_dict().items())
+    return whole_tensors(policy.model)

@@ -13,10 +13,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(directory: Path, **overrides) -> Path:
+def make_tiny_model(directory: Path, kind: str = "llama", **overrides) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = ["<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -34,7 +34,7 @@ def make_tiny_model(directory: Path, **overrides) -> Path:
         "bos_token_id": 0, "eos_token_id": 1,
     } | overrides  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)

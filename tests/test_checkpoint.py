@@ -27,7 +27,7 @@ def test_parameters_moments_and_state_come_back_bit_for_bit(tiny_model, tmp_path
     policy, optimizer = trained(tiny_model, 0)
     path = save_checkpoint(tmp_path, 7, policy, optimizer, {"spreads": [0.1 + 0.2]})
     other, other_optimizer = trained(tiny_model, 1)
-    assert load_checkpoint(path, other, other_optimizer) == {"step": 7, "spreads": [0.1 + 0.2]}
+    assert load_checkpoint(path, other, other_optimizer) == {"spreads": [0.1 + 0.2]}
     for a, b in zip(policy.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     for p, q in zip(policy.parameters(), other.parameters(), strict=True):
@@ -39,19 +39,35 @@ def test_partial_checkpoints_are_not_seen_and_old_ones_pruned(tiny_model, tmp_pa
     policy, optimizer = trained(tiny_model, 0)
     for step in (1, 2, 3, 4, 5):
         save_checkpoint(tmp_path, step, policy, optimizer, {})
-    (tmp_path / ".step_000006.incomplete").mkdir()
+    (tmp_path / "step_000006.partial").mkdir()
     assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1, 2, 3, 4, 5]
     prune_checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=2))
     assert [step for step, _ in checkpoint_dirs(tmp_path)] == [2, 4, 5]
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_truncated_file_is_named_with_the_way_out(tiny_model, tmp_path):
     policy, optimizer = trained(tiny_model, 0)
     path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
-    shard = path / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"step_000001 cannot be read.*fall back"):
+    (shard,) = path.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=rf"{shard.name} has {len(content) - 100} bytes.*truncated.*fall back"):
+        load_checkpoint(path, policy, optimizer)
+    shard.write_bytes(content[:8] + b"x" * 100 + content[108:])
+    with pytest.raises(ValueError, match=r"step_000001.*fall back"):
+        load_checkpoint(path, policy, optimizer)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing"):
+        load_checkpoint(path, policy, optimizer)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
+    state = path / "state.json"
+    state.write_text(state.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(ValueError, match="format 9, this version reads 2"):
         load_checkpoint(path, policy, optimizer)
 
 
@@ -75,7 +91,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_model, tmp_path):
         from ampo_fast.checkpoint import save_checkpoint
         policy, optimizer = trained({str(tiny_model)!r}, 0)
         root = Path({str(tmp_path)!r})
-        save_checkpoint(root, 1, policy, optimizer, {{}})
+        save_checkpoint(root, 1, policy, optimizer, {{"of": 1}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         try:
@@ -86,9 +102,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_model, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert "Error" in done.stdout, done.stderr
     assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1]
-    assert not list(tmp_path.glob(".step*"))
+    assert not list(tmp_path.glob("*.partial"))
     policy, optimizer = trained(tiny_model, 1)
-    assert load_checkpoint(tmp_path / "step_000001", policy, optimizer)["step"] == 1
+    assert load_checkpoint(tmp_path / "step_000001", policy, optimizer) == {"of": 1}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 

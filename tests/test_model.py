@@ -84,17 +84,6 @@ def test_prompt_has_one_bos_and_a_given_response_ends_its_turn(tiny_policy):
     assert tiny_policy.decode(response) == "ok"
 
 
-def test_sliding_window_model_is_not_shared(tmp_path):
-    from transformers import AutoConfig
-
-    directory = make_tiny_model(tmp_path / "m")
-    settings = AutoConfig.from_pretrained(directory)
-    settings.layer_types = ["sliding_attention", "full_attention"]
-    settings.save_pretrained(directory)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        Policy.load(ModelConfig(path=str(directory), attention="segments"))
-
-
 def test_bfloat16_is_compute_only(tiny_model):
     policy = Policy.load(ModelConfig(path=str(tiny_model), dtype="bfloat16"))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}

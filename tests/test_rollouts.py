@@ -1,10 +1,14 @@
 import pytest
 import torch
 from builders import prompt
+from conftest import make_tiny_model
 
+from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
+from ampo_fast.model import Policy
 from ampo_fast.rollouts import DataEngine, TransformersEngine, generation_batches, sample_tokens, stream_seed
 from ampo_fast.types import GivenResponse, Prompt, Sampling
+from ampo_fast.weight_sync import push_weights
 
 PROMPTS = [prompt(0, "hi"), prompt(1, "a longer one"), prompt(2, "why?")]
 
@@ -13,6 +17,28 @@ def test_candidates_carry_the_trainers_own_log_probs(tiny_policy):
     groups = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
     engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
     torch.testing.assert_close(response_logp(tiny_policy, groups, 1000), engine, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "mistral", "sliding_window": 9},
+        {
+            "kind": "gemma2",
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "sliding_window": 9,
+        },
+    ],
+)
+def test_a_sliding_window_shorter_than_a_padded_prompt_samples_what_is_trained(tmp_path, settings):
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path / "m", **settings))))
+    assert policy.is_shared
+    assert all(len(policy.encode_prompt(p.messages)) > 3 for p in PROMPTS)
+    groups = TransformersEngine(policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
+    engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
+    torch.testing.assert_close(response_logp(policy, groups, 1000), engine, atol=2e-4, rtol=0)
 
 
 def test_streams_are_keyed_by_prompt_and_candidate_not_by_batch(tiny_policy):
@@ -72,6 +98,7 @@ def test_batches_are_neighbours_in_length_and_cover_everything():
     batches = generation_batches([5, 9, 5, 1], n=8, batch_rows=16)
     assert batches == [[3, 0], [2, 1]]
     assert generation_batches([4, 4], n=100, batch_rows=16) == [[0], [1]]
+    assert len(generation_batches([4] * 6, n=2, batch_rows=64, num_ranks=3)) == 3  # no rank left without a batch
 
 
 def test_stream_seeds_differ_in_every_part_and_fit_63_bits():
@@ -95,3 +122,18 @@ def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy
     assert long.token_ids[-1] not in tiny_policy.stop_ids
     with pytest.raises(ValueError, match="no responses"):
         DataEngine(tiny_policy).generate([PROMPTS[0]], 8, Sampling())
+
+
+def test_a_replica_takes_the_weights_it_is_sent(tiny_model):
+    trained = Policy.load(ModelConfig(path=str(tiny_model)))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    replica = Policy.load_replica(ModelConfig(path=str(tiny_model), dtype="bfloat16"))
+    assert {p.dtype for p in replica.parameters()} == {torch.bfloat16}
+    engine = TransformersEngine(replica, 64)
+    assert push_weights(trained, engine, 5) == engine.version == 5
+    for (name, a), b in zip(trained.named_parameters(), replica.parameters(), strict=True):
+        assert torch.equal(a.bfloat16(), b), name
+    assert replica.head.weight is replica.model.get_input_embeddings().weight  # still tied
+    assert engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4))[0].candidates[0].version == 5

@@ -1,7 +1,7 @@
 import pytest
-from builders import prompt
+from builders import config, prompt
 
-from ampo_fast.sampler import PromptSampler, admit_prompts
+from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 
 
 @pytest.mark.parametrize(("num_prompts", "per_round"), [(10, 4), (7, 7), (5, 3), (12, 4)])
@@ -35,3 +35,13 @@ def test_overlong_prompts_are_counted_and_too_many_are_an_error(tiny_policy, cap
     assert "1 of 10" in caplog.text
     with pytest.raises(ValueError, match=r"data\.train: 2 of 11"):
         admit_prompts([*prompts, prompt(10, "y" * 200)], tiny_policy, settings, "data.train")
+
+
+def test_a_budget_below_the_longest_prompt_and_one_response_is_named(tiny_policy):
+    prompts = [prompt(i, "x" * (10 + i)) for i in range(70)]
+    longest = len(tiny_policy.encode_prompt(prompts[-1].messages))
+    fits = config(rollout={"max_new_tokens": 30}, optim={"micro_batch_tokens": longest + 30})
+    assert longest_prompt(prompts, tiny_policy, fits) == longest
+    tight = config(rollout={"max_new_tokens": 31}, optim={"micro_batch_tokens": longest + 30})
+    with pytest.raises(ValueError, match=rf"micro_batch_tokens = {longest + 30} .*at least {longest + 31}"):
+        longest_prompt(prompts, tiny_policy, tight)

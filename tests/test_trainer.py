@@ -1,22 +1,17 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import command, comparable, reached, write_run
 
 from ampo_fast.config import load_config
-from ampo_fast.metrics import read_metrics
 from ampo_fast.trainer import train
-
-HERE = Path(__file__).parent
-
 
 WHOLE = [
     "config.json",
@@ -34,46 +29,6 @@ WHOLE = [
     "rollouts/step_000001.safetensors",
     "checkpoints/step_000006/state.json",
 ]
-
-
-def write_run(tmp_path, tiny_model, **sections):
-    words = ["tea", "sun", "rain", "wind", "stone", "moss", "wolf", "bread", "lamp", "road"]
-    rows = [{"id": f"t{i}", "prompt": f"say {w}"} for i, w in enumerate(words)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "eval.jsonl").write_text(
-        "".join(json.dumps({"id": f"e{i}", "prompt": f"name {w}"}) + "\n" for i, w in enumerate(words[:4]))
-    )
-    values = {
-        "run": {"name": "r", "dir": str(tmp_path / "runs"), "steps": 6, "trackers": []},
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
-        "model": {"path": str(tiny_model)},
-        "rollout": {"n": 6, "max_new_tokens": 24, "batch_rows": 12, "truncated": "keep", "prompts_per_round": 4},
-        "reward": {"kind": "toy_rewards:vowels"},
-        "embed": {"model": "policy"},
-        "select": {"k": 3},
-        "optim": {"prompts_per_step": 2, "lr": 3e-3},
-        "eval": {"prompts": 4, "every": 3},
-        "checkpoint": {"every": 2, "save_best": False},
-    }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
-    import tomli_w
-
-    path = tmp_path / "config.toml"
-    path.write_text(tomli_w.dumps(values))
-    return path
-
-
-def command(config, *more):
-    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return [sys.executable, "-m", "ampo_fast.cli", "train", str(config), *more], env
-
-
-def comparable(run_dir):
-    timed = ("time/", "perf/")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(run_dir / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +98,6 @@ def test_kill_9_and_resume_give_the_same_metrics_bit_for_bit(finished, tiny_mode
     assert comparable(run_dir) == comparable(finished[1])
     for name in ("rollouts/step_000005.jsonl", "eval/after.jsonl"):
         assert (run_dir / name).read_bytes() == (finished[1] / name).read_bytes()
-
-
-def reached(run_dir, mark):
-    if mark.startswith('"'):
-        path = run_dir / "metrics.jsonl"
-        return path.exists() and mark in path.read_text()
-    return any(
-        path.name.startswith(mark) for folder in ("rollouts", "checkpoints") for path in (run_dir / folder).glob("*")
-    )
 
 
 def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
@@ -253,3 +199,66 @@ def test_dry_run_shows_groups_and_cost_and_writes_nothing(tiny_model, tmp_path):
     for text in ("TFLOP per step", "1 + 3", "all 6", "memory, estimated", "BOS", "over the limit"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def write_pairs(tmp_path, tiny_model, rows, **sections):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    offline = {
+        "run": {"steps": 4}, "data": {"train": str(data)}, "rollout": {"engine": "data", "prompts_per_round": 0},
+        "reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels", "every": 0}, "select": {"k": 1},
+    }  # fmt: skip
+    return write_run(tmp_path, tiny_model, **(offline | sections))
+
+
+def pair_rows(margins=(0.5, 0.1, 0.0, 0.9)):
+    return [
+        {"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz" * (i + 1),
+         "chosen_score": 0.05 + m, "rejected_score": 0.05}
+        for i, m in enumerate(margins)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "DPO"},
+        {"name": "MMPO", "params": {"beta": 0.5, "gamma": 2.2}},
+        {"name": "MMPO", "params": {"beta": 0.5, "gamma": {"agreement": 0.7}}},
+        {"name": "SimPO", "params": {"beta": 2.0, "gamma": 0.5}},
+        {"name": "MMDPO"},
+    ],
+)
+def test_pairs_train_every_pairwise_loss(tiny_model, tmp_path, loss):
+    path = write_pairs(tmp_path, tiny_model, pair_rows(), loss=loss, optim={"prompts_per_step": 4, "lr": 3e-4})
+    train(load_config(str(path)))
+    rows = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
+    # The tie has a target of 1/2 with MMPO; a hard label has none to give.
+    assert {row["group/trained"] for row in rows} == {4 if loss["name"] == "MMPO" else 3}
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_mmpos_first_loss_is_that_of_the_targets(tiny_model, tmp_path):
+    # Policy and reference are equal at first, so beta z = 0 and every pair's loss is log 2, whatever its target.
+    path = write_pairs(
+        tmp_path,
+        tiny_model,
+        pair_rows(),
+        loss={"name": "MMPO", "params": {"gamma": 2.2}},
+        optim={"prompts_per_step": 4},
+    )
+    train(load_config(str(path), ["--run.steps", "1"]))
+    (row,) = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
+    assert row["loss"] == pytest.approx(0.6931472, abs=1e-4)
+
+
+def test_a_gamma_that_cannot_be_fitted_is_named(tiny_model, tmp_path):
+    fit = {"name": "MMPO", "params": {"gamma": {"fit": "labels"}}}
+    path = write_pairs(tmp_path, tiny_model, pair_rows(), loss=fit)
+    with pytest.raises(ValueError, match=r"loss\.params.*sign of the margin"):
+        train(load_config(str(path)))
+    with pytest.raises(ValueError, match=r"raw rewards.*minmax"):
+        train(load_config(str(path), ["--reward.normalize", "minmax"]))
