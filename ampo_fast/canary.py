@@ -29,7 +29,7 @@ _MIN_PROMPT_TOKENS = 160
 _ANSWER = "They reach the island in the evening, tired and glad."
 
 
-class SyncError(RuntimeError):
+class SyncError(ValueError):
     """The engine does not sample from the trainer's weights."""
 
 

@@ -20,7 +20,7 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_SHOWN = 400
 
 
-class HttpError(RuntimeError):
+class HttpError(ConnectionError):
     """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off)."""
 
     def __init__(self, message: str, is_passing: bool) -> None:

@@ -34,7 +34,7 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-class IncompleteBatch(RuntimeError):
+class IncompleteBatch(ConnectionError):
     """Some prompts of a batch could not be answered; `finished` holds the groups of those that were."""
 
     def __init__(self, message: str, finished: Sequence[CandidateGroup]) -> None:

@@ -22,7 +22,7 @@ from ampo_fast.http_client import HttpError, JsonClient
 _TAIL_BYTES = 3000
 
 
-class ServerDied(RuntimeError):
+class ServerDied(ConnectionError):
     """A server ended, or never came up; the message ends with the tail of its output."""
 
 

@@ -38,10 +38,22 @@ class Replica:
             self.client = self.process.start()
             return
         served = retried(lambda: self.client.get("/v1/models", timeout_s=_PROBE_TIMEOUT_S), self.options.attempts)
+        info = retried(lambda: self.client.get("/server_info?config_format=json"), self.options.attempts)
         try:
             self._model = served["data"][0]["id"]
-        except (TypeError, KeyError, IndexError):
-            raise HttpError(f"{self.name} lists no model: {served!r}", False) from None
+            mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+            is_insecure = info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            raise HttpError(f"{self.name} does not describe itself as a vLLM server: {error!r}", False) from None
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"{self.name} was started with --logprobs-mode {mode}: its log-probs are not those of the sampling "
+                "temperature; start it with --logprobs-mode processed_logprobs"
+            )
+        if is_insecure:
+            raise ValueError(
+                f"{self.name} unpickles what it is sent; start it without VLLM_ALLOW_INSECURE_SERIALIZATION"
+            )
 
     def complete(
         self, policy: Policy, prompt_ids: Sequence[int], fields: Mapping[str, Any], version: int

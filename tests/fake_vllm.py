@@ -80,7 +80,11 @@ class Handler(BaseHTTPRequestHandler):
     server_state: Server
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else None)
+        if self.path.startswith("/server_info"):
+            mode = "raw_logprobs" if take("raw") else "processed_logprobs"
+            env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": take("insecure")}
+            return self.reply(200, {"vllm_config": {"model_config": {"logprobs_mode": mode}}, "vllm_env": env})
+        return self.reply(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else None)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")

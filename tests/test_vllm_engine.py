@@ -102,6 +102,13 @@ def test_kill_9_of_a_real_server_during_generation_loses_nothing(served_model):
     assert result["versions"] == [1]
 
 
+@needs_vllm
+def test_a_real_server_that_ran_already_gets_our_weights(served_model):
+    result = case("running", served_model)
+    assert result["gap"] <= 0.001
+    assert result["is_alive"]
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
 @pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
 def test_without_vllm_the_error_says_how_to_get_it(engine, tiny_policy):

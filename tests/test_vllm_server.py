@@ -192,7 +192,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_running_servers_get_our_weights_first_and_are_left_running(make, policy, monkeypatch):
+def test_running_servers_get_our_weights_first_and_are_left_running(make, policy, tmp_path, monkeypatch):
     owner = make()
     client = owner.replicas[0].process.start()
     monkeypatch.setenv("MY_VLLM_KEY", owner.replicas[0].process._key)
@@ -201,6 +201,10 @@ def test_running_servers_get_our_weights_first_and_are_left_running(make, policy
     assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
     engine.close()
     client.get("/health")
+    for fault, match in (("raw", "start it with --logprobs-mode processed_logprobs"), ("insecure", "unpickles")):
+        (tmp_path / f"fault.{fault}").touch()
+        with pytest.raises(ValueError, match=match):
+            make(base_urls=(client.base_url,), key_env="MY_VLLM_KEY").generate(PROMPTS, 3, SAMPLING)
     monkeypatch.setenv("MY_VLLM_KEY", "wrong")
     with pytest.raises(HttpError, match="401"):
         make(base_urls=(client.base_url,), key_env="MY_VLLM_KEY").generate(PROMPTS, 3, SAMPLING)

@@ -1,6 +1,6 @@
 """What tests/test_vllm_engine.py runs in processes of their own (vLLM binds threads and keeps global state).
 
-python vllm_cases.py sync|kill MODEL DTYPE -> a JSON object on the last line.
+python vllm_cases.py sync|kill|running MODEL DTYPE -> a JSON object on the last line.
 """
 
 import json
@@ -14,10 +14,12 @@ import torch
 
 from ampo_fast.canary import SyncError
 from ampo_fast.config import build_config
+from ampo_fast.engine_config import VllmConfig
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.types import Prompt, Sampling
+from ampo_fast.vllm_server import VllmServerEngine
 from ampo_fast.weight_sync import named_weights, push_weights
 
 PROMPTS = [
@@ -99,5 +101,20 @@ def kill(model, dtype):
     return result
 
 
+def running(model, dtype):
+    """Servers that run already: described, given our weights, asked, and left."""
+    policy, owner = setup("vllm-server", model, dtype)
+    process = owner.replicas[0].process
+    os.environ["RUNNING_KEY"] = process._key
+    options = VllmConfig(base_urls=(process.start().base_url,), key_env="RUNNING_KEY")
+    nudge(policy, 0.02)  # the server has other weights than we do
+    engine = VllmServerEngine(policy, options, dtype)
+    groups = engine.generate(PROMPTS, 4, Sampling(max_new_tokens=24))
+    engine.close()
+    result = {"gap": gap(policy, groups), "is_alive": process.is_alive()}
+    owner.close()
+    return result
+
+
 if __name__ == "__main__":
-    print(json.dumps({"sync": sync, "kill": kill}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"sync": sync, "kill": kill, "running": running}[sys.argv[1]](*sys.argv[2:])))
