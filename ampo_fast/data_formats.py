@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -199,9 +199,25 @@ def _pair(row: Row) -> Conversation:
     if scores.count(None) == 1:
         lacks = fields[scores.index(None)]
         raise ValueError(f"a score of one side only: missing field '{lacks}_score'")
+    margin = _reward(row.get("margin"), "margin")
+    _check_margin(margin, scores)
     if None in scores:
-        scores = [row.get("margin", 1.0), 0.0]
-    return _converse(row, fields, [row[field] for field in fields], scores)
+        scores = [1.0 if margin is None else margin, 0.0]
+    turns, given = _converse(row, fields, [row[field] for field in fields], scores)
+    return turns, tuple(replace(response, is_chosen=i == 0) for i, response in enumerate(given))
+
+
+def _check_margin(margin: float | None, scores: Sequence[Any]) -> None:
+    """A margin is chosen minus rejected: it has the sign of the scores' difference, and without scores is not below 0."""
+    if margin is None:
+        return
+    chosen, rejected = (_reward(score, "a score") for score in scores)
+    gap = 0.0 if chosen is None or rejected is None else chosen - rejected
+    if margin * gap < 0.0 or (margin < 0.0 and None in scores):
+        beside = "" if None in scores else f", but the scores' difference is {gap}"
+        raise ValueError(
+            f"margin = {margin}{beside}: it must be chosen minus rejected; swap the two responses or correct the margin"
+        )
 
 
 def _prompt(row: Row) -> Conversation:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows
+from ampo_fast.dispatch import resolve_impl
+from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
-from ampo_fast.validation import check_head, check_offsets, check_vector
+from ampo_fast.validation import check_head, check_logprobs, check_offsets, check_vector
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
@@ -54,13 +55,13 @@ def fused_linear_group_loss(
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
             gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows, else recompute.
         chunk_rows: rows whose logits exist at once; default about 64 MiB of logits on a CPU, 4096 rows on a GPU.
+        impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
     Returns:
         (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
     Raises:
-        ValueError: arguments that do not fit, or mode="frozen" with a trainable weight.
+        ValueError: arguments that do not fit, mode="frozen" with a trainable weight; on a CPU also targets out of range
+            and NaN logits.
     """
-    if impl not in ("auto", "torch"):
-        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
     if mode not in _MODES:
         raise ValueError(f"mode = {mode!r}; use one of {', '.join(_MODES)}")
     check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
@@ -68,14 +69,16 @@ def fused_linear_group_loss(
     groups = check_offsets("group_offsets", group_offsets, responses.numel() - 1)
     stats = _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, hidden_RD.device)
     options = HeadOptions(temperature, softcap, eos_id)
+    impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
     num_groups = groups.numel() - 1
     norm = max(num_groups, 1) if normalizer is None else normalizer
     rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)
     mode = _resolve_mode(mode, weight_VD, bias_V, responses[groups].diff(), rows)
     if mode != "grouped" or not torch.is_grad_enabled():
-        return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options)
-    plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows)
+        return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options, impl)
+    plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows, impl=impl)
     loss = _GroupedLoss.apply(hidden_RD, weight_VD, bias_V, target_R, plan)
+    check_logprobs(plan.logp_R)
     return loss, plan.out_stats()
 
 
@@ -103,11 +106,11 @@ def _resolve_mode(mode, weight_VD, bias_V, group_rows, chunk_rows: int) -> str:
     return "grouped" if group_rows.numel() == 0 or int(group_rows.max()) <= chunk_rows else "recompute"
 
 
-def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options: HeadOptions):
+def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options: HeadOptions, impl):
     """Log-probs first, the loss on all of them, gradients by linear_logprob's own backward (recompute or frozen)."""
     out = linear_logprob(
         hidden_RD, weight_VD, target_R, bias_V=bias_V,
-        temperature=options.temperature, softcap=options.softcap, eos_id=options.eos_id,
+        temperature=options.temperature, softcap=options.softcap, eos_id=options.eos_id, impl=impl,
     )  # fmt: skip
     logp_R, eos_logp_R = out if options.eos_id is not None else (out, None)
     full = _with_logprobs(stats, logp_R, eos_logp_R, target_R, options.eos_id)
@@ -141,12 +144,18 @@ class _Plan:
     options: HeadOptions
     normalizer: float | torch.Tensor
     chunk_rows: int
+    impl: str
     logp_R: torch.Tensor | None = None
     eos_logp_R: torch.Tensor | None = None
     target_R: torch.Tensor | None = None
 
     def out_stats(self) -> ResponseStats:
         return _with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
+
+    @property
+    def longest_group(self) -> int:
+        rows_B = self.stats.response_offsets[self.stats.group_offsets].diff()
+        return int(rows_B.max()) if rows_B.numel() else 0
 
     def group_runs(self) -> Iterator[tuple[int, int]]:
         """Runs [first, last) of whole groups that fit chunk_rows together; one group at least."""
@@ -194,6 +203,7 @@ class _GroupedLoss(torch.autograd.Function):
         plan.eos_logp_R = None if options.eos_id is None else torch.zeros_like(plan.logp_R)
         gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
         loss = hidden_RD.new_zeros((), dtype=work)
+        buffer = logit_buffer(hidden_RD, weight_VD, max(plan.chunk_rows, plan.longest_group))
         for first, last in plan.group_runs():
             rows, part = plan.chunk_stats(first, last)
             if rows.start == rows.stop:
@@ -201,7 +211,7 @@ class _GroupedLoss(torch.autograd.Function):
                     _with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
                 ).per_group_B.sum()
                 continue
-            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
             plan.logp_R[rows] = chunk.logp_R
             if plan.eos_logp_R is not None:
                 plan.eos_logp_R[rows] = chunk.eos_logp_R

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows
-from ampo_fast.validation import check_head
+from ampo_fast.dispatch import resolve_impl
+from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
+from ampo_fast.validation import check_head, check_logprobs
 
 
 def linear_logprob(
@@ -28,23 +29,32 @@ def linear_logprob(
     Args:
         hidden_RD, weight_VD: same float dtype and device. target_R: int64 ids in 0 .. V - 1.
         eos_id: also return every row's log-prob of this id.
-        impl: "torch" or "auto".
+        impl: "torch", "triton" (logits by cuBLAS, rows by Triton; where no gradient is wanted, a kernel that writes no
+            logits) or "auto": triton for CUDA tensors.
     Returns:
         logp_R in nats, float32 (float64 for float64 input), never above 0; with eos_id the pair (logp_R, eos_logp_R).
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also targets out of range.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also targets out of range and NaN logits.
     """
-    if impl not in ("auto", "torch"):
-        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
     check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
     options = HeadOptions(temperature, softcap, eos_id)
-    logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options)
+    chosen = resolve_impl("linear_logprob", impl, hidden_RD)
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden_RD, weight_VD, bias_V)
+    )
+    if chosen == "triton" and not wants_gradient:
+        from ampo_fast.kernels.forward_logprob import forward_logprob
+
+        logp_R, eos_logp_R = forward_logprob(hidden_RD, weight_VD, target_R, bias_V, temperature, softcap, eos_id)
+    else:
+        logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options, chosen)
+    check_logprobs(logp_R.detach())
     return logp_R if eos_id is None else (logp_R, eos_logp_R)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, options):
+    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, options, impl):
         num_rows = hidden_RD.shape[0]
         # float64 in, float64 out: the mathematics can be checked to 1e-10.
         work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
@@ -54,15 +64,16 @@ class _LinearLogprob(torch.autograd.Function):
         keep_jacobian = need_hidden and not need_weight and not need_bias and options.eos_id is None
         keep_jacobian = keep_jacobian and options.softcap is None
         jacobian_RD = torch.empty_like(hidden_RD) if keep_jacobian else None
+        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
         for rows in _chunks(num_rows, weight_VD):
-            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, impl, buffer)
             logp_R[rows] = chunk.logp_R
             if eos_logp_R is not None:
                 eos_logp_R[rows] = chunk.eos_logp_R
             if keep_jacobian:
                 gradient_RV = chunk.logit_gradient(torch.ones_like(chunk.logp_R), None)
                 jacobian_RD[rows] = gradient_RV.to(weight_VD.dtype) @ weight_VD
-        ctx.options, ctx.jacobian_RD = options, jacobian_RD
+        ctx.options, ctx.impl, ctx.jacobian_RD = options, impl, jacobian_RD
         ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
         return logp_R, eos_logp_R
 
@@ -70,13 +81,14 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_R, grad_eos_R):
         hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
         if ctx.jacobian_RD is not None:
-            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), None, None, None, None
+            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), None, None, None, None, None
         gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
         for rows in _chunks(hidden_RD.shape[0], weight_VD):
-            chunk = HeadChunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options)
+            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options, ctx.impl, buffer)
             eos_rows = None if ctx.options.eos_id is None else grad_eos_R[rows]
             gradients.add(rows, chunk.logit_gradient(grad_R[rows], eos_rows))
-        return (*gradients.result(), None, None)
+        return (*gradients.result(), None, None, None)
 
 
 class HeadGradients:
@@ -92,7 +104,7 @@ class HeadGradients:
     def add(self, rows: slice, gradient_RV: torch.Tensor) -> None:
         """gradient_RV is d/dlogits of these rows (float32 or float64); the GEMMs run in the parameters' dtype."""
         if self.bias_grad is not None:
-            self.bias_grad += gradient_RV.sum(0)
+            self.bias_grad += gradient_RV.sum(0, dtype=self.bias_grad.dtype)
         gradient_RV = gradient_RV.to(self.weight_VD.dtype)
         if self.hidden_grad is not None:
             torch.mm(gradient_RV, self.weight_VD, out=self.hidden_grad[rows])
@@ -100,6 +112,10 @@ class HeadGradients:
             return
         if self.weight_grad.dtype == gradient_RV.dtype:
             self.weight_grad.addmm_(gradient_RV.t(), self.hidden_RD[rows])
+        elif self.weight_grad.is_cuda:
+            # One GEMM that reads bf16 and adds to float32 in its epilogue: no rounding between chunks, no second [V, D].
+            sum_VD = self.weight_grad
+            torch.addmm(sum_VD, gradient_RV.t(), self.hidden_RD[rows], out_dtype=sum_VD.dtype, out=sum_VD)
         else:
             self.weight_grad += gradient_RV.t() @ self.hidden_RD[rows]
 

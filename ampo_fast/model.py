@@ -24,6 +24,7 @@ from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
 from ampo_fast.packing import pack_responses
 from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt
+from ampo_fast.validation import nan_let_through
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Policy(nn.Module):
 
     def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
         plan = attention.SegmentPlan.build(batch.segments)
-        with _attention_implementation(self.model, attention.NAME):
+        with attention_implementation(self.model, attention.NAME):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
             ).last_hidden_state[0]
@@ -146,29 +147,31 @@ class Policy(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         """-> (loss, ResponseStats): the sum of the batch's group losses over `normalizer`, the global group count."""
         hidden_RD = self.hidden_rows(batch)
-        return fused_linear_group_loss(
-            hidden_RD,
-            self.head.weight.to(hidden_RD.dtype),
-            batch.target_R,
-            batch.response_offsets,
-            batch.group_offsets,
-            batch.reward_M,
-            loss_fn,
-            ref_logp_M=batch.ref_logp_M,
-            positive_M=batch.positive_M,
-            baseline_B=batch.baseline_B,
-            bias_V=self.head.bias,
-            softcap=self.softcap,
-            eos_id=eos_id,
-            normalizer=normalizer,
-        )
+        with nan_let_through():  # the step's own guard sees it, on all ranks
+            return fused_linear_group_loss(
+                hidden_RD,
+                self.head.weight.to(hidden_RD.dtype),
+                batch.target_R,
+                batch.response_offsets,
+                batch.group_offsets,
+                batch.reward_M,
+                loss_fn,
+                ref_logp_M=batch.ref_logp_M,
+                positive_M=batch.positive_M,
+                baseline_B=batch.baseline_B,
+                bias_V=self.head.bias,
+                softcap=self.softcap,
+                eos_id=eos_id,
+                normalizer=normalizer,
+            )
 
     @torch.no_grad()
     def token_logp(self, batch: PackedBatch) -> torch.Tensor:
         """Log-prob of each response token at temperature 1, [R] float32."""
         hidden_RD = self.hidden_rows(batch)
         weight_VD = self.head.weight.to(hidden_RD.dtype)
-        return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+        with nan_let_through():
+            return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
 
     def _decide_shared(self, wanted: str) -> bool:
         """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""
@@ -223,7 +226,7 @@ def _checkpointed(model: Any, forward: Callable, *args: Any, **kwargs: Any) -> A
     name = model.config.get_text_config()._attn_implementation
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _attention_implementation(model, name):  # the second run is in the backward, after the forward put it back
+        with attention_implementation(model, name):  # the second run is in the backward, after the forward put it back
             return forward(*args, **kwargs)
 
     # Always in eval mode, so there is no dropout whose random state a second run would have to meet again.
@@ -231,7 +234,7 @@ def _checkpointed(model: Any, forward: Callable, *args: Any, **kwargs: Any) -> A
 
 
 @contextlib.contextmanager
-def _attention_implementation(model: Any, name: str):
+def attention_implementation(model: Any, name: str):
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = name
@@ -292,7 +295,7 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
 def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
-    with _attention_implementation(policy.model, "sdpa"):
+    with attention_implementation(policy.model, "sdpa"):
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)
     reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()

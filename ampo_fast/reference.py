@@ -61,8 +61,9 @@ def group_contrastive_loss(
         if positive_G.all() or not positive_G.any():
             losses.append(0.0 * x_G.sum())
             continue
-        log_gamma_G = torch.where(positive_G, 0.0, torch.tensor(gamma, dtype=x_G.dtype).log())
-        everyone = torch.logsumexp(score_G + log_gamma_G, 0)
+        counted_G = positive_G | (gamma > 0)
+        log_gamma_G = torch.where(positive_G, 0.0, torch.tensor(gamma or 1.0, dtype=x_G.dtype).log())
+        everyone = torch.logsumexp((score_G + log_gamma_G)[counted_G], 0)
         losses.append(everyone - torch.logsumexp(score_G[positive_G], 0))
     return torch.stack(losses) if losses else logp_M.new_zeros(0)
 

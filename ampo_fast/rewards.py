@@ -10,13 +10,17 @@ import math
 import statistics
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from ampo_fast.assets import resolve_model
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder, SentenceEncoder
-from ampo_fast.types import CandidateGroup, Prompt, ScoredGroup
+from ampo_fast.engine_config import HttpConfig, read_options
+from ampo_fast.http_reward import HttpScorer
+from ampo_fast.reward_config import RewardModelConfig
+from ampo_fast.reward_model import RewardModel
+from ampo_fast.types import CandidateGroup, GivenResponse, Prompt, ScoredGroup
 
 Reward = float | None
 RewardFn = Callable[[Sequence[CandidateGroup]], list[list[Reward]]]
@@ -35,10 +39,12 @@ def make_reward(config: Config, encoder: Embedder | None = None, kind: str | Non
         model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder("package:all-minilm-l6-v2")
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
     if kind.startswith("classifier:"):
-        return _on_texts(_Classifier(kind.removeprefix("classifier:"), config.embed.batch_rows))
+        return _Classifier(kind.removeprefix("classifier:"), config.optim.micro_batch_tokens)
+    if kind.startswith(("http://", "https://")):
+        return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
     module, colon, function = kind.partition(":")
     if not colon:
-        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH or MODULE:FUNCTION")
+        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH, http://URL or MODULE:FUNCTION")
     try:
         return _on_texts(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
@@ -74,31 +80,17 @@ def _triples(text: str) -> list[tuple[str, ...]]:
 class _Classifier:
     """A HuggingFace sequence classifier with one output, over the chat template of prompt + response."""
 
-    def __init__(self, path: str, batch_rows: int) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    def __init__(self, path: str, max_tokens: int) -> None:
+        self.model = RewardModel.load(RewardModelConfig(path=path), field="reward.kind = classifier:")
+        self.max_tokens = max_tokens
 
-        source = resolve_model(path, "reward.kind")
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-        # A head that is missing from the checkpoint is initialised at random and scores noise, plausibly.
-        if info["missing_keys"]:
-            raise ValueError(f"reward.kind = 'classifier:{path}': its checkpoint lacks {sorted(info['missing_keys'])}")
-        if self.model.config.num_labels != 1:
-            raise ValueError(f"reward.kind = 'classifier:{path}' has {self.model.config.num_labels} outputs, not one")
-        self.model.eval()
-        self.batch_rows = batch_rows
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        rewards: list[float] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            turns = [*prompt.messages, {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-            rewards.append(float(self.model(**inputs).logits[0, 0]))
-        return rewards
+    def __call__(self, groups: Sequence[CandidateGroup]) -> list[list[float]]:
+        given = [
+            replace(group.prompt, responses=tuple(GivenResponse(content=c.content) for c in group.candidates))
+            for group in groups
+        ]
+        scores = self.model.score_groups([self.model.encode(prompt) for prompt in given], self.max_tokens)
+        return [score.tolist() for score in scores]
 
 
 def _on_texts(score: TextReward) -> RewardFn:

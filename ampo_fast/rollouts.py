@@ -6,13 +6,13 @@ Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from ampo_fast import distributed
-from ampo_fast.config import Config
 from ampo_fast.model import Policy
 from ampo_fast.packing import balanced_shares
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
@@ -20,6 +20,10 @@ from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 class RolloutEngine(Protocol):
     version: int
+    answers_singly: bool
+    """Whether a prompt's answers do not depend on the batch it is in: then a broken batch is not repeated whole."""
+    sync_metrics: Mapping[str, float]
+    """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
@@ -30,10 +34,12 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-def make_engine(config: Config, policy: Policy) -> RolloutEngine:
-    if config.rollout.engine == "data":
-        return DataEngine(policy)
-    return TransformersEngine(policy, config.rollout.batch_rows)
+class IncompleteBatch(RuntimeError):
+    """Some prompts of a batch could not be answered; `finished` holds the groups of those that were."""
+
+    def __init__(self, message: str, finished: Sequence[CandidateGroup]) -> None:
+        super().__init__(message)
+        self.finished = list(finished)
 
 
 def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
@@ -62,6 +68,9 @@ def stream_seed(*parts: object) -> int:
 
 class DataEngine:
     """Offline: the candidates are the responses that came with the data, tokenised once."""
+
+    answers_singly = True
+    sync_metrics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -95,6 +104,9 @@ class TransformersEngine:
     The prompt is prefilled once and its keys and values repeated for the candidates. Candidate i of a prompt draws its
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
     """
+
+    answers_singly = False
+    sync_metrics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, policy: Policy, batch_rows: int) -> None:
         self.policy = policy

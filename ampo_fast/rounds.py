@@ -11,7 +11,7 @@ from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
-from ampo_fast.rollouts import RolloutEngine, rank_batches
+from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import RowWriter, group_from_row, raw_rewards, read_embeddings, read_rows, write_rows_atomic
@@ -117,12 +117,22 @@ class RoundMaker:
             done = writer.groups(mine)
             for batch in batches:
                 todo = [prompts[i] for i in batch]
-                if not all(prompt.id in done for prompt in todo):
-                    groups = self.engine.generate(todo, rollout.n, sampling)
-                    writer.write(groups)
+                missing = [prompt for prompt in todo if prompt.id not in done]
+                if missing:
+                    groups = self._answers(missing if self.engine.answers_singly else todo, sampling, writer)
                     done |= {group.prompt.id: group for group in groups}
                 progress.advance(len(batch))
         return [done[prompt.id] for prompt in mine]
+
+    def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter) -> list[CandidateGroup]:
+        """The engine's groups, written down; also those of a batch that it could not finish."""
+        try:
+            groups = self.engine.generate(prompts, self.config.rollout.n, sampling)
+        except IncompleteBatch as failure:
+            writer.write(failure.finished)
+            raise
+        writer.write(groups)
+        return groups
 
 
 def _in_order(parts: Sequence[Sequence[ScoredGroup]], prompts: Sequence[Prompt]) -> list[ScoredGroup]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ampo_fast.config import Config
+from ampo_fast.reward_config import RewardTrainingConfig
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
 _FREE = (
@@ -21,7 +22,9 @@ _FREE = (
 )
 
 
-def open_run_dir(config: Config, resume: bool) -> Path:
+def open_run_dir(
+    config: Config | RewardTrainingConfig, resume: bool, folders: Sequence[str] = ("rollouts", "eval", "checkpoints")
+) -> Path:
     """Creates DIR/NAME and writes config.json, or checks that an existing one is of the same configuration.
 
     Raises ValueError when the directory exists and resume is False, or when a field differs from the run's own.
@@ -42,8 +45,9 @@ def open_run_dir(config: Config, resume: bool) -> Path:
         return path
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
-    for name in ("rollouts", "eval", "checkpoints"):
-        (path / name).mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in folders:
+        (path / name).mkdir(exist_ok=True)
     aside = path / "config.json.tmp"
     aside.write_text(json.dumps(resolved, indent=2) + "\n")
     os.replace(aside, saved)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ampo_fast import losses
 from ampo_fast.config import Config
 from ampo_fast.rollouts import stream_seed
 from ampo_fast.selection import select_responses
@@ -39,10 +40,14 @@ def reward_spread(scored: ScoredGroup) -> float:
 def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: float) -> list[SelectedGroup]:
     """1 positive + up to k negatives of each group by select.strategy; degenerate groups carry their skip_reason.
 
-    A response cut by the length limit is never the positive unless rollout.truncated = "keep".
+    A response cut by the length limit is never the positive unless rollout.truncated = "keep". Losses whose target for
+    equal rewards is 1/2 (MMPO, CaPO) train on ties as well.
     """
     if not scored:
         return []
+    keeps_ties = getattr(getattr(losses, config.loss.name, None), "soft_labels", False)
+    if keeps_ties:
+        reward_tol = -1.0  # no spread is too small
     sizes = [len(group.valid) for group in scored]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     positive_ok = [
@@ -60,7 +65,7 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         coverage=config.select.coverage,
         valid=torch.tensor([ok for group in scored for ok in group.valid]),
         positive_ok=torch.tensor(positive_ok),
-        tie_tol=0.0,
+        tie_tol=None if keeps_ties else 0.0,
         keys=torch.tensor([stream_seed(group.group.prompt.id) for group in scored]),
         seed=config.run.seed,
     )

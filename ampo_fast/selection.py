@@ -5,6 +5,7 @@ Shapes: n stacked candidates, N candidates of a group, B groups, P positives, E 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from ampo_fast import selection_reference as reference
-from ampo_fast.validation import check_finite, check_offsets
+from ampo_fast.validation import check_finite, check_offsets, checks_values
 
 try:
     from ampo_fast import _C
@@ -26,6 +27,8 @@ except ImportError:  # a checkout that was never built: the torch path still ans
 log = logging.getLogger(__name__)
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
+_MAX_INDICES = 1 << 32
+_IMPLS = ("auto", "torch", "cpp", "cuda")
 _METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
@@ -74,10 +77,11 @@ def select_responses(
         valid: bool [n]; False is never selected and counted nowhere. positive_ok: bool [n]; False can only be negative.
         tie_tol: a candidate with reward >= the positive's - tie_tol is no negative.
         keys: int64 [B], stable ids that seed "random" and "coreset" together with `seed`.
+        impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
         ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid.
     """
-    impl = resolve_impl(impl)
+    _check_choice("impl", impl, _IMPLS)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("coverage", coverage, ("candidates", "all"))
     if k < 1 or positives < 1:
@@ -91,8 +95,12 @@ def select_responses(
     n = rewards.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
     num_groups = len(offsets) - 1
+    if num_groups * max(k, positives) > _MAX_INDICES:
+        raise ValueError(f"k = {k} and positives = {positives} ask for more than {_MAX_INDICES} indices; lower them")
+    if time_limit is not None and math.isnan(time_limit):
+        raise ValueError("time_limit is NaN; use seconds, or None for no limit")
     problem = _Problem(
-        points=embeddings.detach().cpu(),
+        points=embeddings.detach(),
         rewards=rewards.detach().cpu().double(),
         valid=_mask("valid", valid, n),
         positive_ok=_mask("positive_ok", positive_ok, n),
@@ -106,15 +114,19 @@ def select_responses(
         seed=seed,
         time_limit=time_limit,
     )
-    check_finite("rewards", problem.rewards[problem.valid])
-    check_finite("embeddings", problem.points[problem.valid])
+    _check_finite_where("rewards", problem.rewards, problem.valid)
+    _check_finite_where("embeddings", problem.points, problem.valid)
+    impl = resolve_impl(impl, problem.points, _why_not_select_cuda(problem))
+    if impl == "cuda":
+        return _select_cuda(problem)
+    problem = dataclasses.replace(problem, points=problem.points.cpu())
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Problem:
-    """The checked arguments of select_responses, on the CPU."""
+    """The checked arguments of select_responses; points where they came from, the rest on the CPU."""
 
     points: torch.Tensor
     rewards: torch.Tensor
@@ -131,29 +143,84 @@ class _Problem:
     time_limit: float | None
 
 
-def resolve_impl(impl: str) -> str:
-    """ "cpp" or "torch". auto: cpp where the extension is built, else torch, said once. ValueError for "cpp" without it."""
-    _check_choice("impl", impl, ("auto", "torch", "cpp"))
+def resolve_impl(impl: str, points: torch.Tensor | None = None, why_not_cuda: str | None = None) -> str:
+    """ "cpp", "torch" or "cuda". auto: cuda for CUDA points where it is built and fits, else cpp where that is built, else torch.
+
+    CUDA points that cuda does not take are copied to the host. Each choice is logged once. Raises ValueError for an impl
+    asked for by name that cannot run, with what would make it run.
+    """
+    _check_choice("impl", impl, _IMPLS)
     if impl == "cpp" and _C is None:
         raise ValueError(
             'impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)'
         )
-    if impl == "auto":
-        _log_choice_once()
-    return "torch" if impl == "torch" or _C is None else "cpp"
+    is_cuda = points is not None and points.is_cuda
+    reason = _why_no_cuda_at_all(is_cuda) or why_not_cuda
+    if impl == "cuda" and reason:
+        raise ValueError(f'impl = "cuda" cannot run this: {reason}')
+    if impl == "auto" and is_cuda and not reason:
+        impl = "cuda"
+    elif impl == "auto":
+        impl = "torch" if _C is None else "cpp"
+        _log_once(impl, reason if is_cuda else None)
+    return impl
+
+
+def _why_no_cuda_at_all(is_cuda: bool) -> str | None:
+    if _C is None or not _C.has_cuda:
+        return "the extension was built without CUDA; install with -C cmake.define.AMPO_CUDA=ON where nvcc is"
+    return None if is_cuda else "the points are on the CPU; move them to a CUDA device"
+
+
+def _why_not_select_cuda(problem: _Problem) -> str | None:
+    if problem.strategy in ("coreset", "opt_select_exact"):
+        return f'strategy "{problem.strategy}" runs on the host'
+    largest = int(problem.offsets.diff().max()) if len(problem.keys) else 0
+    if _C is not None and (largest > _C.max_cuda_group or problem.k > _C.max_cuda_k):
+        return f"a group of more than {_C.max_cuda_group} candidates, or k above {_C.max_cuda_k}, runs on the host"
+    return _why_not_dtype(problem.points)
+
+
+def _why_not_dtype(points: torch.Tensor) -> str | None:
+    return None if points.dtype in (torch.float32, torch.bfloat16) else f"{points.dtype} runs on the host"
 
 
 @functools.cache
-def _log_choice_once() -> None:
-    if _C is None:
+def _log_once(impl: str, why_not_cuda: str | None) -> None:
+    if why_not_cuda:
+        log.warning("CUDA points are copied to the host for selection: %s", why_not_cuda)
+    if impl == "torch":
         log.warning("the compiled selector is not built; selection runs in torch, slower")
     else:
         log.info("selection runs compiled, vector unit: %s", _C.vector_path())
 
 
-def _select_cpp(problem: _Problem) -> Selection:
-    positive, negative, cost, lower_bound, proven = _C.select(
-        _as_numpy(problem.points),
+def _select_cuda(problem: _Problem) -> Selection:
+    """On the points' device and torch's current stream, without waiting for it. Not yet run on a GPU."""
+    device, num_groups = problem.points.device, len(problem.keys)
+    points = problem.points.contiguous()
+    out = Selection(
+        positive=torch.empty(num_groups, problem.positives, dtype=torch.int64, device=device),
+        negative=torch.empty(num_groups, problem.k, dtype=torch.int64, device=device),
+        cost=torch.empty(num_groups, dtype=torch.float64, device=device),
+        lower_bound=torch.empty(num_groups, dtype=torch.float64, device=device),
+        proven=torch.empty(num_groups, dtype=torch.bool, device=device),
+    )
+    with torch.cuda.device(device):
+        _C.select_cuda(
+            points.data_ptr(),
+            points.dtype == torch.bfloat16,
+            points.shape[1],
+            *_common_arguments(problem),
+            [tensor.data_ptr() for tensor in out],
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return out
+
+
+def _common_arguments(problem: _Problem) -> tuple[object, ...]:
+    """What both compiled selectors take, in their order."""
+    return (
         problem.rewards.numpy(),
         problem.valid.numpy(),
         problem.positive_ok.numpy(),
@@ -165,7 +232,13 @@ def _select_cpp(problem: _Problem) -> Selection:
         problem.covers_positives,
         math.nan if problem.tie_tol is None else problem.tie_tol,
         problem.seed & 0xFFFFFFFFFFFFFFFF,
-        math.inf if problem.time_limit is None else problem.time_limit,
+    )
+
+
+def _select_cpp(problem: _Problem) -> Selection:
+    limit = math.inf if problem.time_limit is None else problem.time_limit
+    positive, negative, cost, lower_bound, proven = _C.select(
+        _as_numpy(problem.points), *_common_arguments(problem), limit
     )
     as_tensor = torch.from_numpy
     return Selection(
@@ -265,13 +338,16 @@ def pairwise_distances(
     [B + 1]: one [N, N] block per group, flattened and concatenated. Raises ValueError for NaN, shapes that do not fit, an
     unknown metric, more entries than memory holds.
     """
-    impl = resolve_impl(impl)
     _check_choice("metric", metric, _METRICS)
     if points.ndim != 2:
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
     n = points.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
+    impl = resolve_impl(impl, points, _why_not_dtype(points))
+    if impl == "cuda":
+        flat = _pairwise_cuda(points.detach().contiguous(), metric, offsets)
+        return flat.view(n, n) if group_offsets is None else flat
     on_cpu = points.detach().cpu()
     if impl == "cpp":
         flat = torch.from_numpy(_C.pairwise(_as_numpy(on_cpu), offsets.numpy(), _METRICS.index(metric)))
@@ -281,13 +357,28 @@ def pairwise_distances(
     return flat.view(n, n) if group_offsets is None else flat
 
 
+def _pairwise_cuda(points: torch.Tensor, metric: str, offsets: torch.Tensor) -> torch.Tensor:
+    """On the points' device and torch's current stream, without waiting for it. Not yet run on a GPU."""
+    flat = torch.empty(int(offsets.diff().square().sum()), dtype=torch.float32, device=points.device)
+    with torch.cuda.device(points.device):
+        _C.pairwise_cuda(
+            points.data_ptr(),
+            points.dtype == torch.bfloat16,
+            *points.shape,
+            offsets.numpy(),
+            _METRICS.index(metric),
+            flat.data_ptr(),
+            torch.cuda.current_stream(points.device).cuda_stream,
+        )
+    return flat
+
+
 def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None, impl: str = "auto") -> torch.Tensor:
     """Greedy k-center (Gonzalez 1985) over points [n, E] -> int64 [k]: the seeds first, then in order of choice.
 
     Without seeds it starts from point 0. Ties go to the lowest index. Streams over the points: no n x n matrix.
     Raises ValueError for k outside 1 .. n, seeds out of range, repeated or more than k, and NaN.
     """
-    impl = resolve_impl(impl)
     if points.ndim != 2 or not 1 <= k <= points.shape[0]:
         raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
     n = points.shape[0]
@@ -295,11 +386,36 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     if not all(0 <= seed < n for seed in first) or len(set(first)) != len(first) or len(first) > k:
         raise ValueError(f"seeds = {first} must be distinct indices below {n}, at most k = {k}")
     check_finite("points", points)
+    impl = resolve_impl(impl, points, _why_not_dtype(points) or _why_not_pool(points.shape[1]))
+    if impl == "cuda":
+        return _k_center_cuda(points.detach().contiguous(), k, first)
     on_cpu = points.detach().cpu()
     if impl == "cpp":
         return torch.from_numpy(_C.k_center(_as_numpy(on_cpu), k, first)).to(points.device)
     rest = [i for i in range(n) if i not in set(first)]
     return torch.tensor(first + reference.farthest_first(on_cpu, k - len(first), first, rest), device=points.device)
+
+
+def _k_center_cuda(points: torch.Tensor, k: int, first: list[int]) -> torch.Tensor:
+    """One launch a step on torch's current stream, without waiting for it. Not yet run on a GPU."""
+    chosen = torch.empty(k, dtype=torch.int64, device=points.device)
+    with torch.cuda.device(points.device):
+        _C.k_center_cuda(
+            points.data_ptr(),
+            points.dtype == torch.bfloat16,
+            *points.shape,
+            k,
+            first,
+            chosen.data_ptr(),
+            torch.cuda.current_stream(points.device).cuda_stream,
+        )
+    return chosen
+
+
+def _why_not_pool(dim: int) -> str | None:
+    if _C is not None and dim > _C.max_cuda_pool_dim:
+        return f"k_center of more than {_C.max_cuda_pool_dim} dimensions runs on the host"
+    return None
 
 
 def k_medoids(
@@ -315,7 +431,7 @@ def k_medoids(
     A greedy start, then single swaps to a local optimum (<= 5 x the optimum for a metric; Arya et al. 2004). Raises
     ValueError for shapes that do not fit, k outside 1 .. n, fixed members out of range, negative entries or NaN.
     """
-    impl = resolve_impl(impl)
+    impl = resolve_impl(impl, distances, "k_medoids of one problem runs on the host")
     n = distances.shape[0]
     kept = [int(i) for i in fixed or ()]
     if distances.shape != (n, n) or not 1 <= k <= n:
@@ -352,6 +468,12 @@ def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
     if mask.shape != (n,):
         raise ValueError(f"{name} must have shape [{n}], got {tuple(mask.shape)}")
     return mask.detach().cpu().bool()
+
+
+def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> None:
+    # A sum is finite only where all its terms are. It copies nothing; picking the valid rows first copies them all.
+    if rows.numel() and checks_values(rows) and not bool(rows.sum().isfinite()):
+        check_finite(name, rows[valid.to(rows.device)])
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

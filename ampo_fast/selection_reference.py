@@ -37,7 +37,8 @@ class Instance:
     def cost(self, chosen: Sequence[int]) -> float:
         """sum over clients of w_i min_{j in chosen} ||e_i - e_j|| (AMPO, arXiv 2502.18293, OptSelect)."""
         distance_CK = distances(self.point_NE)[list(self.clients)][:, list(chosen)].double()
-        return float((torch.tensor(self.weights()) * distance_CK.amin(1)).sum()) * self.shift()
+        summed = float((torch.tensor(self.weights()) * distance_CK.amin(1)).sum())
+        return summed * self.shift() if summed else 0.0  # the shift may have overflowed
 
     def weights(self) -> list[float]:
         """exp(lowest reward - reward) of the clients: cannot overflow, and decides alone."""

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
+from ampo_fast.engines import make_engine
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, normalizer_for, valid_candidates
-from ampo_fast.rollouts import generation_batches, make_engine
+from ampo_fast.rollouts import generation_batches
 from ampo_fast.sampler import admit_prompts
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (

@@ -17,6 +17,7 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpo
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
+from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.metrics import MetricsLog, read_metrics
@@ -25,7 +26,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import TransformersEngine, make_engine
+from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
@@ -33,7 +34,7 @@ from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.types import Prompt
-from ampo_fast.update import Updater, make_loss
+from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,6 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
-        make_loss(config)  # a loss that cannot be built is said before the model is loaded
         self.policy = Policy.load(config.model)
         # What samples, embeds and is measured: the policy itself, or, where it is sharded, a whole copy kept up to date.
         is_alone = distributed.world_size() == 1
@@ -72,7 +72,7 @@ class Trainer:
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.actor)
         self.reward_fn = make_reward(config, self.embedder)
-        self.updater = Updater(config, self.policy)
+        self.updater = Updater(config, self.policy, self.train_prompts)
         longest = longest_prompt(self.train_prompts, self.policy, config)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(longest)
@@ -133,6 +133,7 @@ class Trainer:
         if self._place(self.step)[0] != round_index:
             with self.progress.phase("sync"):
                 self._sync(self.step)
+            metrics |= self.engine.sync_metrics
         if distributed.is_main():  # which alone has the candidates that were not selected
             metrics = self._log_step(metrics | group_metrics(selected, self.rounds.reward_tol))
         self.progress.step_done(self.step, metrics)

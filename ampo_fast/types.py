@@ -20,6 +20,8 @@ class GivenResponse:
 
     content: str
     reward: float | None = None
+    is_chosen: bool | None = None
+    """A pair's label, which may come from another judge than the reward; None where the row is no pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,14 +17,15 @@ from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import idle_batch, longest_batch, pack, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.reward_data import fitted_params
 from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, trained_groups
-from ampo_fast.types import PackedBatch, SelectedGroup
+from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 
 _MAX_NONFINITE_STEPS = 3
 
 
-def make_loss(config: Config) -> Loss:
-    """The loss that loss.name and loss.params name, plus the NLL term where asked for."""
+def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
+    """The loss that loss.name and loss.params name, plus the NLL term where asked for; gamma fitted on given rewards."""
     classes = {name: getattr(losses, name) for name in losses.__all__}
     known = [name for name, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Loss)]
     if config.loss.name not in known or config.loss.name == "Sum":
@@ -32,7 +33,7 @@ def make_loss(config: Config) -> Loss:
             f"loss.name = {config.loss.name!r}; known: {', '.join(name for name in known if name != 'Sum')}"
         )
     try:
-        loss = classes[config.loss.name](**config.loss.params)
+        loss = classes[config.loss.name](**fitted_params(config.loss, config.reward.normalize, prompts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:
@@ -43,10 +44,10 @@ def make_loss(config: Config) -> Loss:
 class Updater:
     """The policy's optimizer, its loss and, where the loss asks for one, the frozen reference."""
 
-    def __init__(self, config: Config, policy: Policy) -> None:
+    def __init__(self, config: Config, policy: Policy, prompts: Sequence[Prompt] = ()) -> None:
         self.config = config
         self.policy = policy
-        self.loss_fn = make_loss(config)
+        self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
         self.reference = Policy.load(config.model).shard() if self.loss_fn.uses_reference else None
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None

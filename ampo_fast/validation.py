@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 
 _VALIDATE_VALUES_ON_CUDA = False
+_nan_is_let_through: ContextVar[bool] = ContextVar("nan_is_let_through", default=False)
 
 
 def validate(flag: bool) -> None:
@@ -45,6 +50,28 @@ def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.dev
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     if checks_values(tensor) and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or infinity; mask those rows before the call")
+
+
+@contextmanager
+def nan_let_through() -> Iterator[None]:
+    """Inside, NaN log-probs do not raise: for a trainer whose own guard leaves the step out, on all ranks alike."""
+    token = _nan_is_let_through.set(True)
+    try:
+        yield
+    finally:
+        _nan_is_let_through.reset(token)
+
+
+def check_logprobs(logp_R: torch.Tensor) -> None:
+    """Raises ValueError naming the first row whose logits are NaN; on CUDA only after validate(True)."""
+    if _nan_is_let_through.get() or not checks_values(logp_R):
+        return
+    is_nan_R = torch.isnan(logp_R)
+    if bool(is_nan_R.any()):
+        row = int(is_nan_R.nonzero()[0])
+        raise ValueError(
+            f"the logits of row {row} are NaN; look for NaN or infinity in hidden_RD, weight_VD and bias_V"
+        )
 
 
 def check_head(

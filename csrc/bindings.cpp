@@ -1,8 +1,10 @@
-// The only file that knows Python: checks shapes, releases the GIL, calls. Everything here runs on the CPU.
+// The only file that knows Python: checks shapes, releases the GIL, calls. CUDA memory and streams come in as integers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -95,28 +97,36 @@ std::vector<int64_t> k_medoids(const Array<double>& weighted, int64_t k, const s
   return chosen;
 }
 
-py::tuple select_groups(const py::array& points, const Array<double>& reward, const Array<uint8_t>& valid,
-                 const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys, int strategy,
-                 int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed, double time_limit_s) {
-  const ampo::Points view = view_points(points);
+// What select and select_cuda share: one entry a point, one key a group.
+ampo::SelectInput checked_input(const ampo::Points& view, const Array<double>& reward, const Array<uint8_t>& valid,
+                                const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys) {
   const int64_t num_groups = checked_groups(offsets, view.count);
   AMPO_CHECK(reward.size() == view.count && valid.size() == view.count && positive_ok.size() == view.count,
              "reward, valid and positive_ok must have one entry a point");
   AMPO_CHECK(keys.size() == num_groups, "keys must have one entry a group");
+  return {view, reward.data(), valid.data(), positive_ok.data(), offsets.data(), keys.data(), num_groups};
+}
+
+int64_t largest_group(const ampo::SelectInput& input) {
+  int64_t largest = 0;
+  for (int64_t g = 0; g < input.num_groups; ++g) largest = std::max(largest, input.offsets[g + 1] - input.offsets[g]);
+  return largest;
+}
+
+py::tuple select_groups(const py::array& points, const Array<double>& reward, const Array<uint8_t>& valid,
+                        const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys,
+                        int strategy, int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed,
+                        double time_limit_s) {
+  const ampo::SelectInput input = checked_input(view_points(points), reward, valid, positive_ok, offsets, keys);
   AMPO_CHECK(k >= 1 && num_positives >= 1, "k and positives must be at least 1");
-  if (ampo::Strategy(strategy) == ampo::Strategy::kCoreset || ampo::Strategy(strategy) == ampo::Strategy::kOptSelect ||
-      ampo::Strategy(strategy) == ampo::Strategy::kOptSelectExact) {
-    for (int64_t g = 0; g < num_groups; ++g) {
-      const int64_t count = offsets.at(g + 1) - offsets.at(g);
-      AMPO_CHECK(count < (int64_t(1) << 15), "a group is too large for this strategy's n x n distances; use k_center");
-    }
-  }
-  py::array_t<int64_t> positive({num_groups, num_positives}), negative({num_groups, k});
-  py::array_t<double> cost(num_groups), lower_bound(num_groups);
-  py::array_t<uint8_t> proven(num_groups);
-  const ampo::SelectInput input{view,          reward.data(),  valid.data(), positive_ok.data(),
-                                offsets.data(), keys.data(), num_groups};
   const ampo::SelectOptions options{ampo::Strategy(strategy), k, num_positives, cover_positives, tie_tol, seed, time_limit_s};
+  const bool has_matrix = options.strategy == ampo::Strategy::kCoreset || options.strategy == ampo::Strategy::kOptSelect ||
+                          options.strategy == ampo::Strategy::kOptSelectExact;
+  AMPO_CHECK(!has_matrix || largest_group(input) < (int64_t(1) << 15),
+             "a group is too large for this strategy's n x n distances; use k_center");
+  py::array_t<int64_t> positive({input.num_groups, num_positives}), negative({input.num_groups, k});
+  py::array_t<double> cost(input.num_groups), lower_bound(input.num_groups);
+  py::array_t<uint8_t> proven(input.num_groups);
   const ampo::SelectOutput output{positive.mutable_data(), negative.mutable_data(), cost.mutable_data(),
                                   lower_bound.mutable_data(), proven.mutable_data()};
   {
@@ -125,6 +135,54 @@ py::tuple select_groups(const py::array& points, const Array<double>& reward, co
   }
   return py::make_tuple(positive, negative, cost, lower_bound, proven);
 }
+
+#ifdef AMPO_HAS_CUDA
+// The arguments ending in _pointer and `stream` are addresses: torch's data_ptr() and cuda_stream.
+template <typename T>
+T* device(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ampo::Points view_device(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim) {
+  return {device<const void>(pointer), is_bfloat16 ? ampo::Dtype::kBfloat16 : ampo::Dtype::kFloat32, count, dim};
+}
+
+void pairwise_cuda(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim, const Array<int64_t>& offsets, int metric,
+                   uintptr_t out_pointer, uintptr_t stream) {
+  const int64_t num_groups = checked_groups(offsets, count);
+  block_total(offsets, num_groups);
+  const ampo::Points view = view_device(pointer, is_bfloat16, count, dim);
+  py::gil_scoped_release release;
+  ampo::pairwise_cuda(view, ampo::Metric(metric), offsets.data(), num_groups, device<float>(out_pointer), device<void>(stream));
+}
+
+void k_center_cuda(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim, int64_t k, const std::vector<int64_t>& seeds,
+                   uintptr_t chosen_pointer, uintptr_t stream) {
+  AMPO_CHECK(1 <= k && k <= count && int64_t(seeds.size()) <= k, "k must be in 1 .. n, with no more seeds than k");
+  AMPO_CHECK(dim <= ampo::kMaxPoolDim, "a point has too many dimensions for shared memory");
+  const ampo::Points view = view_device(pointer, is_bfloat16, count, dim);
+  py::gil_scoped_release release;
+  ampo::kcenter_cuda(view, k, seeds, device<int64_t>(chosen_pointer), device<void>(stream));
+}
+
+void select_cuda(uintptr_t pointer, bool is_bfloat16, int64_t dim, const Array<double>& reward, const Array<uint8_t>& valid,
+                 const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys, int strategy,
+                 int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed,
+                 const std::vector<uintptr_t>& out_pointers, uintptr_t stream) {
+  const ampo::Points view = view_device(pointer, is_bfloat16, reward.size(), dim);
+  const ampo::SelectInput input = checked_input(view, reward, valid, positive_ok, offsets, keys);
+  AMPO_CHECK(1 <= k && k <= ampo::kMaxCudaK && largest_group(input) <= ampo::kMaxCudaGroup, "too large for one block a group");
+  AMPO_CHECK(out_pointers.size() == 5, "five outputs");
+  const ampo::SelectOptions options{ampo::Strategy(strategy), k, num_positives, cover_positives, tie_tol, seed, INFINITY};
+  AMPO_CHECK(options.strategy != ampo::Strategy::kCoreset && options.strategy != ampo::Strategy::kOptSelectExact,
+             "this strategy runs on the CPU only");
+  const ampo::SelectOutput output{device<int64_t>(out_pointers[0]), device<int64_t>(out_pointers[1]),
+                                  device<double>(out_pointers[2]), device<double>(out_pointers[3]),
+                                  device<uint8_t>(out_pointers[4])};
+  py::gil_scoped_release release;
+  ampo::select_cuda(input, options, output, device<void>(stream));
+}
+#endif
 
 }  // namespace
 
@@ -140,4 +198,20 @@ PYBIND11_MODULE(_C, m) {
         py::arg("offsets"), py::arg("keys"), py::arg("strategy"), py::arg("k"), py::arg("num_positives"),
         py::arg("cover_positives"), py::arg("tie_tol"), py::arg("seed"), py::arg("time_limit_s"),
         "-> (positive [B, P], negative [B, k], cost [B], lower_bound [B], proven [B]); strategies in select.h's order.");
+  m.attr("max_cuda_group") = ampo::kMaxCudaGroup;
+  m.attr("max_cuda_k") = ampo::kMaxCudaK;
+  m.attr("max_cuda_pool_dim") = ampo::kMaxPoolDim;
+#ifdef AMPO_HAS_CUDA
+  m.attr("has_cuda") = true;
+  m.def("pairwise_cuda", &pairwise_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("count"), py::arg("dim"),
+        py::arg("offsets"), py::arg("metric"), py::arg("out_pointer"), py::arg("stream"));
+  m.def("k_center_cuda", &k_center_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("count"), py::arg("dim"),
+        py::arg("k"), py::arg("seeds"), py::arg("chosen_pointer"), py::arg("stream"));
+  m.def("select_cuda", &select_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("dim"), py::arg("reward"),
+        py::arg("valid"), py::arg("positive_ok"), py::arg("offsets"), py::arg("keys"), py::arg("strategy"), py::arg("k"),
+        py::arg("num_positives"), py::arg("cover_positives"), py::arg("tie_tol"), py::arg("seed"), py::arg("out_pointers"),
+        py::arg("stream"));
+#else
+  m.attr("has_cuda") = false;
+#endif
 }

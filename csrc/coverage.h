@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "exact_scale.h"
+
 namespace ampo {
 
 struct Coverage {
@@ -32,8 +34,5 @@ struct Nearest {
 
   void compute(const Coverage& problem, const std::vector<int64_t>& chosen);
 };
-
-// A power of two by which `count` values up to `largest` can be multiplied and added up below 2^52.
-double exact_scale(double largest, double count);
 
 }  // namespace ampo

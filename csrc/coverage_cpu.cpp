@@ -6,14 +6,6 @@
 
 namespace ampo {
 
-double exact_scale(double largest, double count) {
-  if (!(largest > 0.0)) return 1.0;
-  int largest_exponent, count_exponent;
-  std::frexp(largest, &largest_exponent);
-  std::frexp(count, &count_exponent);
-  return std::ldexp(1.0, std::min(1000, 51 - largest_exponent - count_exponent));
-}
-
 double Coverage::round_costs(int64_t k) {
   const double largest = cost.empty() ? 0.0 : *std::max_element(cost.begin(), cost.end());
   const double scale = exact_scale(largest, double(num_clients) * double(k + 1));

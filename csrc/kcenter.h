@@ -16,4 +16,9 @@ namespace ampo {
 // chosen [k] out; needs num_seeds <= k <= points.count.
 void kcenter_cpu(const Points& points, int64_t k, const std::vector<int64_t>& seeds, int64_t* chosen);
 
+// The same on a device, for float32 and bfloat16 points of at most kMaxPoolDim dimensions: points.data and chosen are device
+// pointers, `stream` a cudaStream_t. One launch a step and no wait; a step reads every point (no lazy bounds here).
+constexpr int64_t kMaxPoolDim = 8192;
+void kcenter_cuda(const Points& points, int64_t k, const std::vector<int64_t>& seeds, int64_t* chosen, void* stream);
+
 }  // namespace ampo

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "coverage.h"
+#include "exact_scale.h"
 
 namespace ampo {
 namespace {

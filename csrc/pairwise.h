@@ -16,6 +16,10 @@ enum class Metric { kEuclidean, kSquared, kCosine };
 // is at 1 from every other row and at 0 from other rows of zeros.
 void pairwise_cpu(const Points& points, Metric metric, const int64_t* offsets, int64_t num_groups, void* out);
 
+// The same on a device for float32 and bfloat16 points: points.data and out are device pointers, offsets lie on the host,
+// `stream` is a cudaStream_t. Does not wait.
+void pairwise_cuda(const Points& points, Metric metric, const int64_t* offsets, int64_t num_groups, float* out, void* stream);
+
 // The [N, N] block of rows given by pointers; the matrix is symmetric, its diagonal 0.
 template <typename T, typename Out>
 void pairwise_rows(const T* const* rows, int64_t count, int64_t dim, Metric metric, Out* out);

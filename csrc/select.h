@@ -40,4 +40,10 @@ struct SelectOutput {
 
 void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output);
 
+// The same on a device for groups of at most kMaxCudaGroup, k <= kMaxCudaK, float32 or bfloat16 points, and every strategy but
+// kCoreset and kOptSelectExact: points.data and the output are device pointers, `stream` a cudaStream_t. Does not wait.
+constexpr int64_t kMaxCudaGroup = 64;
+constexpr int64_t kMaxCudaK = 32;
+void select_cuda(const SelectInput& input, const SelectOptions& options, const SelectOutput& output, void* stream);
+
 }  // namespace ampo

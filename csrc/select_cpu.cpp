@@ -18,6 +18,7 @@
 #include "kmedoids.h"
 #include "pairwise.h"
 #include "random.h"
+#include "select_group.h"
 
 namespace ampo {
 namespace {
@@ -53,33 +54,29 @@ class Deadline {
 };
 
 template <typename T>
-class Selector {
+class Selector : Group {
  public:
   Selector(const SelectInput& input, const SelectOptions& options, Deadline& deadline)
-      : input_(input), options_(options), deadline_(deadline) {}
+      : Group(input, options), deadline_(deadline) {}
 
   void run(int64_t group, const SelectOutput& out) {
-    begin_ = input_.offsets[group];
-    count_ = input_.offsets[group + 1] - begin_;
     int64_t* positive = out.positive + group * options_.num_positives;
     int64_t* negative = out.negative + group * options_.k;
     std::fill(positive, positive + options_.num_positives, -1);
     std::fill(negative, negative + options_.k, -1);
     out.cost[group] = out.lower_bound[group] = kNan;
     out.proven[group] = 0;
-    take_sides();
-    if (positives_.empty() || eligible_.empty()) return;
-    k_ = std::min(options_.k, int64_t(eligible_.size()));
-    weigh();
+    if (!take(group)) return;
     rows_.take(input_.points, begin_, count_);
     bound_ = 0.0;
+    has_distances_ = false;
     std::vector<int64_t> chosen = int64_t(eligible_.size()) == k_ ? eligible_ : choose(group);
     std::sort(chosen.begin(), chosen.end());
     std::copy(positives_.begin(), positives_.end(), positive);
     std::copy(chosen.begin(), chosen.end(), negative);
     const double cost = cost_of(chosen);
     // The only choice there is, or one that was proven: the optimum.
-    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : bound_ * shift_;
+    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : shifted(bound_);
     out.cost[group] = cost;
     out.lower_bound[group] = std::min(bound, cost);
     out.proven[group] = bound >= cost;
@@ -87,82 +84,46 @@ class Selector {
   }
 
  private:
-  double reward(int64_t i) const { return input_.reward[begin_ + i]; }
-  bool rises(int64_t a, int64_t b) const { return reward(a) != reward(b) ? reward(a) < reward(b) : a < b; }
-
-  void take_sides() {
-    valid_.clear();
-    positives_.clear();
-    eligible_.clear();
-    clients_.clear();
-    for (int64_t i = 0; i < count_; ++i) {
-      if (!input_.valid[begin_ + i]) continue;
-      valid_.push_back(i);
-      if (input_.positive_ok[begin_ + i]) positives_.push_back(i);
-    }
-    const auto falls = [this](int64_t a, int64_t b) { return reward(a) != reward(b) ? reward(a) > reward(b) : a < b; };
-    const int64_t num = std::min<int64_t>(options_.num_positives, int64_t(positives_.size()));
-    std::partial_sort(positives_.begin(), positives_.begin() + num, positives_.end(), falls);
-    positives_.resize(num);
-    if (num == 0) return;
-    const bool has_rule = !std::isnan(options_.tie_tol);
-    const double limit = has_rule ? reward(positives_.back()) - options_.tie_tol : kInfinity;
-    for (const int64_t i : valid_) {
-      const bool is_positive = std::find(positives_.begin(), positives_.end(), i) != positives_.end();
-      if (!is_positive || options_.cover_positives) clients_.push_back(i);
-      if (!is_positive && (!has_rule || reward(i) < limit)) eligible_.push_back(i);
-    }
-  }
-
-  // exp(mean - r_i) = exp(lowest - r_i) * exp(mean - lowest): the first factor never overflows and decides alone.
-  void weigh() {
-    double sum = 0.0, lowest = kInfinity;
-    for (const int64_t i : valid_) {
-      sum += reward(i);
-      lowest = std::min(lowest, reward(i));
-    }
-    shift_ = std::exp(sum / double(valid_.size()) - lowest);
-    weight_.resize(clients_.size());
-    for (size_t c = 0; c < clients_.size(); ++c) weight_[c] = std::exp(lowest - reward(clients_[c]));
-  }
-
   double cost_of(const std::vector<int64_t>& chosen) {
+    double cost = 0.0;
+    const std::vector<double> nearest = has_distances_ ? nearest_in_matrix(chosen) : nearest_from_rows(chosen);
+    for (size_t c = 0; c < clients_.size(); ++c) cost += weight_[c] * nearest[c];
+    return shifted(cost);
+  }
+
+  // Both give the same bits: the matrix holds the square roots of the same squared distances.
+  std::vector<double> nearest_in_matrix(const std::vector<int64_t>& chosen) const {
+    std::vector<double> nearest;
+    for (const int64_t i : clients_) {
+      const double* row = matrix_.data() + place_[i] * int64_t(valid_.size());
+      double least = kInfinity;
+      for (const int64_t j : chosen) least = std::min(least, row[place_[j]]);
+      nearest.push_back(least);
+    }
+    return nearest;
+  }
+
+  std::vector<double> nearest_from_rows(const std::vector<int64_t>& chosen) const {
     std::vector<const T*> columns;
     for (const int64_t j : chosen) columns.push_back(rows_.row[j]);
     std::vector<T> squared(chosen.size());
-    double cost = 0.0;
-    for (size_t c = 0; c < clients_.size(); ++c) {
-      squared_to_many(rows_.row[clients_[c]], columns.data(), int64_t(columns.size()), input_.points.dim, squared.data());
-      cost += weight_[c] * double(std::sqrt(*std::min_element(squared.begin(), squared.end())));
+    std::vector<double> nearest;
+    for (const int64_t i : clients_) {
+      squared_to_many(rows_.row[i], columns.data(), int64_t(columns.size()), input_.points.dim, squared.data());
+      nearest.push_back(double(std::sqrt(*std::min_element(squared.begin(), squared.end()))));
     }
-    return cost * shift_;
+    return nearest;
   }
 
   std::vector<int64_t> choose(int64_t group) {
-    const uint64_t key = uint64_t(input_.keys[group]);
     switch (options_.strategy) {
-      case Strategy::kRandom: return random_choice(Random(options_.seed, key, kRandomStrategy));
+      case Strategy::kRandom: return random_choice(group);
       case Strategy::kKCenter: return farthest_first();
-      case Strategy::kCoreset: return coreset(Random(options_.seed, key, kKmeansStart));
+      case Strategy::kCoreset: return coreset(Random(options_.seed, uint64_t(input_.keys[group]), kKmeansStart));
       case Strategy::kOptSelect: return opt_select(false);
       case Strategy::kOptSelectExact: return opt_select(true);
       default: return lowest(eligible_, k_);
     }
-  }
-
-  std::vector<int64_t> lowest(std::vector<int64_t> from, int64_t num) const {
-    std::partial_sort(from.begin(), from.begin() + num, from.end(), [this](int64_t a, int64_t b) { return rises(a, b); });
-    from.resize(num);
-    return from;
-  }
-
-  std::vector<int64_t> random_choice(const Random& random) const {
-    std::vector<std::pair<uint64_t, int64_t>> ticket;
-    for (const int64_t i : eligible_) ticket.emplace_back(random.bits(uint64_t(i)), i);
-    std::partial_sort(ticket.begin(), ticket.begin() + k_, ticket.end());
-    std::vector<int64_t> chosen;
-    for (int64_t s = 0; s < k_; ++s) chosen.push_back(ticket[s].second);
-    return chosen;
   }
 
   std::vector<int64_t> farthest_first() {
@@ -218,15 +179,16 @@ class Selector {
   void make_problem() {
     fill_matrix(valid_, Metric::kEuclidean);
     const int64_t width = int64_t(valid_.size());
-    std::vector<int64_t> place(count_, -1);
-    for (int64_t p = 0; p < width; ++p) place[valid_[p]] = p;
+    place_.assign(count_, -1);
+    for (int64_t p = 0; p < width; ++p) place_[valid_[p]] = p;
+    has_distances_ = true;
     problem_.num_clients = int64_t(clients_.size());
     problem_.num_facilities = int64_t(eligible_.size());
     problem_.cost.resize(clients_.size() * eligible_.size());
     double* cost = problem_.cost.data();
     for (const int64_t j : eligible_) {
-      const double* row = matrix_.data() + place[j] * width;
-      for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place[clients_[c]]];
+      const double* row = matrix_.data() + place_[j] * width;
+      for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place_[clients_[c]]];
     }
     scale_ = problem_.round_costs(k_);
   }
@@ -257,14 +219,12 @@ class Selector {
     bound_ = std::max(bound_, result.lower_bound / scale_);
   }
 
-  const SelectInput& input_;
-  const SelectOptions& options_;
   Deadline& deadline_;
-  int64_t begin_ = 0, count_ = 0, k_ = 0;
-  std::vector<int64_t> valid_, positives_, eligible_, clients_;
-  std::vector<double> weight_, matrix_;
-  double shift_ = 1.0, bound_ = 0.0, scale_ = 1.0;
+  std::vector<double> matrix_;
+  double bound_ = 0.0, scale_ = 1.0;
   bool is_optimal_ = false;
+  bool has_distances_ = false;   // matrix_ holds the Euclidean distances between valid candidates
+  std::vector<int64_t> place_;  // of a candidate among the valid ones
   Rows<T> rows_;
   Coverage problem_;
 };

@@ -7,7 +7,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from ampo_fast.config import build_config, field_paths, load_config, parse_overrides, recipe_path
+from ampo_fast.config import Config, build_config, field_paths, load_config, parse_overrides, recipe_path
+from ampo_fast.reward_config import RewardTrainingConfig
 
 MINIMAL = {"data": {"train": "t.jsonl"}, "model": {"path": "m"}}
 
@@ -185,4 +186,15 @@ def test_unknown_recipe_lists_the_known():
 
 def test_shipped_recipes_are_valid():
     for path in recipe_path("quickstart").parent.glob("*.toml"):
-        assert load_config(path.stem).run.steps > 0
+        schema = RewardTrainingConfig if path.stem.startswith("reward") else Config
+        assert load_config(path.stem, schema=schema).run.name
+
+
+def test_another_schema_has_the_same_manners():
+    minimal = {"data": {"train": "t.jsonl"}, "model": {"path": "m"}}
+    config = build_config(minimal, schema=RewardTrainingConfig)
+    assert (config.run.epochs, config.optim.prompts_per_step, config.loss.name) == (3, 16, "BradleyTerry")
+    with pytest.raises(ValueError, match=r"unknown key eval\.patienc; did you mean eval\.patience\?"):
+        build_config(minimal | {"eval": {"patienc": 1}}, schema=RewardTrainingConfig)
+    with pytest.raises(ValueError, match=r"micro_batch_tokens = 256 .*data\.max_tokens = 512"):
+        build_config(minimal | {"optim": {"micro_batch_tokens": 256}}, schema=RewardTrainingConfig)

@@ -231,6 +231,16 @@ def test_wrong_arguments_are_named(change, match):
         fused_linear_group_loss(**arguments)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_logits_are_named_by_row(value):
+    hidden, weight, _, target, reward = (t.detach() for t in inputs())
+    hidden[11, 2] = value
+    with pytest.raises(ValueError, match="row 11"):
+        linear_logprob(hidden, weight, target)
+    with pytest.raises(ValueError, match="row 11"):
+        fused_linear_group_loss(hidden, weight.requires_grad_(), target, RESPONSES, GROUPS, reward, AMPO())
+
+
 def test_stats_fields_stand_in_the_promised_order():
     names = [field.name for field in dataclasses.fields(ResponseStats)]
     assert names == [

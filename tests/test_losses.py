@@ -131,6 +131,13 @@ def test_eos_penalties_by_hand(penalty, expected):
     )
 
 
+def test_gamma_zero_counts_no_negative():
+    logp = torch.tensor([-1.0, -2.0], dtype=F64, requires_grad=True)
+    data = ResponseStats(logp, torch.ones(2), torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0, 2]))
+    GroupContrastive(beta=1.0, gamma=0.0)(data).loss.backward()
+    assert logp.grad.tolist() == [0.0, 0.0]
+
+
 def test_budgeted_eos_penalty_by_hand():
     # |y| = 4, 2 and 3; budget 2: (1/2) P_1 - (P_3 + P_4) / 2; (1/2) P_1; the third does not end in EOS.
     p = [0.5, 0.25, 0.1, 0.8, 0.3, 0.6, 0.9, 0.9, 0.9]

@@ -57,3 +57,17 @@ def test_tolerance_follows_the_median_spread_of_the_run():
     tolerance = RewardTolerance(None)
     assert tolerance.update([scored((0.0, 2.0)), scored((0.0, 4.0)), scored((0.0, 6.0))]) == pytest.approx(1e-6 + 4e-3)
     assert RewardTolerance(0.5).update([scored((0.0, 2.0))]) == 0.5
+
+
+def test_losses_with_a_target_for_ties_train_on_them():
+    tie, pair = scored((0.5, 0.5)), scored((0.1, 0.9))
+    one = {"select": {"k": 1}}
+    soft = select_groups([tie, pair], config(loss={"name": "MMPO"}, **one), 1e-6)
+    assert [(g.positive, g.negative) for g in soft] == [((0,), (1,)), ((1,), (0,))]
+    hard = select_groups([tie, pair], config(loss={"name": "DPO"}, **one), 1e-6)
+    assert [g.is_trained for g in hard] == [False, True]
+
+
+def test_a_pair_is_whole_under_the_default_k():
+    (chosen,) = select_groups([scored((0.1, 0.9))], config(select={"k": 7}, rollout={"n": 8}), 1e-6)
+    assert (chosen.positive, chosen.negative) == ((1,), (0,))

@@ -144,7 +144,7 @@ def test_thread_count_changes_nothing(tmp_path):
             text=True,
             check=True,
         ).stdout
-        for threads in ("1", "2", "3")
+        for threads in ("1", "2", "3", "8")
     }
     assert len(found) == 1
 

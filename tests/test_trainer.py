@@ -199,3 +199,66 @@ def test_dry_run_shows_groups_and_cost_and_writes_nothing(tiny_model, tmp_path):
     for text in ("TFLOP per step", "1 + 3", "all 6", "memory, estimated", "BOS", "over the limit"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def write_pairs(tmp_path, tiny_model, rows, **sections):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    offline = {
+        "run": {"steps": 4}, "data": {"train": str(data)}, "rollout": {"engine": "data", "prompts_per_round": 0},
+        "reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels", "every": 0}, "select": {"k": 1},
+    }  # fmt: skip
+    return write_run(tmp_path, tiny_model, **(offline | sections))
+
+
+def pair_rows(margins=(0.5, 0.1, 0.0, 0.9)):
+    return [
+        {"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz" * (i + 1),
+         "chosen_score": 0.05 + m, "rejected_score": 0.05}
+        for i, m in enumerate(margins)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "DPO"},
+        {"name": "MMPO", "params": {"beta": 0.5, "gamma": 2.2}},
+        {"name": "MMPO", "params": {"beta": 0.5, "gamma": {"agreement": 0.7}}},
+        {"name": "SimPO", "params": {"beta": 2.0, "gamma": 0.5}},
+        {"name": "MMDPO"},
+    ],
+)
+def test_pairs_train_every_pairwise_loss(tiny_model, tmp_path, loss):
+    path = write_pairs(tmp_path, tiny_model, pair_rows(), loss=loss, optim={"prompts_per_step": 4, "lr": 3e-4})
+    train(load_config(str(path)))
+    rows = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
+    # The tie has a target of 1/2 with MMPO; a hard label has none to give.
+    assert {row["group/trained"] for row in rows} == {4 if loss["name"] == "MMPO" else 3}
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_mmpos_first_loss_is_that_of_the_targets(tiny_model, tmp_path):
+    # Policy and reference are equal at first, so beta z = 0 and every pair's loss is log 2, whatever its target.
+    path = write_pairs(
+        tmp_path,
+        tiny_model,
+        pair_rows(),
+        loss={"name": "MMPO", "params": {"gamma": 2.2}},
+        optim={"prompts_per_step": 4},
+    )
+    train(load_config(str(path), ["--run.steps", "1"]))
+    (row,) = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
+    assert row["loss"] == pytest.approx(0.6931472, abs=1e-4)
+
+
+def test_a_gamma_that_cannot_be_fitted_is_named(tiny_model, tmp_path):
+    fit = {"name": "MMPO", "params": {"gamma": {"fit": "labels"}}}
+    path = write_pairs(tmp_path, tiny_model, pair_rows(), loss=fit)
+    with pytest.raises(ValueError, match=r"loss\.params.*sign of the margin"):
+        train(load_config(str(path)))
+    with pytest.raises(ValueError, match=r"raw rewards.*minmax"):
+        train(load_config(str(path), ["--reward.normalize", "minmax"]))

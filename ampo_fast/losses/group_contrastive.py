@@ -8,11 +8,13 @@ Shapes: M responses, B groups, G the largest group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from ampo_fast.dispatch import resolve_impl
 from ampo_fast.losses.stats import (
     Groups,
     Loss,
@@ -73,13 +75,22 @@ class GroupContrastive(Loss):
         return self.eos_penalty == "budgeted"
 
     def __call__(self, stats: ResponseStats) -> LossOutput:
-        groups = Groups(stats.group_offsets, stats.logp_M.device)
-        score_BG = groups.pad(self._scores(stats, groups), 0.0)
-        positive_BG = self._positives(stats, groups)
-        per_group_B = _contrast(score_BG, positive_BG, groups.mask_BG & ~positive_BG, self.gamma)
+        return mean_output(self.per_group(stats))
+
+    def per_group(self, stats: ResponseStats, impl: str = "auto") -> torch.Tensor:
+        """[B] the groups' losses; impl "torch", "triton" or "auto" as group_contrastive_loss has it."""
+        if self.split == "given" and stats.positive_M is None:
+            raise ValueError('split = "given" needs positive_M')
+        if resolve_impl("group_contrastive_loss", impl, stats.logp_M) == "triton":
+            per_group_B = _TritonContrast.apply(stats.logp_M, stats, self)
+        else:
+            groups = Groups(stats.group_offsets, stats.logp_M.device)
+            score_BG = groups.pad(self._scores(stats, groups), 0.0)
+            positive_BG = self._positives(stats, groups)
+            per_group_B = _contrast(score_BG, positive_BG, groups.mask_BG & ~positive_BG, self.gamma)
         if self.needs_eos:
-            per_group_B = per_group_B + self._eos_term(stats, groups)
-        return mean_output(per_group_B)
+            per_group_B = per_group_B + self._eos_term(stats)
+        return per_group_B
 
     def _scores(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
         x_M = stats.log_ratio_M
@@ -98,18 +109,17 @@ class GroupContrastive(Loss):
     def _positives(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
         if stats.positive_M is not None:
             return groups.pad(stats.positive_M.bool(), False)
-        if self.split == "given":
-            raise ValueError('split = "given" needs positive_M')
         work = torch.promote_types(stats.reward_M.dtype, torch.float32)
         reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
         if self.split == "mean":
             return (reward_BG > groups.mean(reward_BG)) & groups.mask_BG
         return groups.first_best(reward_BG)
 
-    def _eos_term(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
+    def _eos_term(self, stats: ResponseStats) -> torch.Tensor:
         """Per group, summed over the responses that end in EOS (REFA eqs. 7, 9, 10, 31)."""
         if stats.eos_logp_M is None:
             raise ValueError(f"eos_penalty = {self.eos_penalty!r} needs eos_logp_M (pass eos_id to the fused op)")
+        groups = Groups(stats.group_offsets, stats.logp_M.device)
         ends_M = ~torch.isnan(stats.eos_logp_M)
         logp_M = torch.where(ends_M, stats.eos_logp_M, 0.0)
         if self.eos_penalty == "budget_independent":
@@ -139,6 +149,37 @@ class GroupContrastive(Loss):
         return segment_sum(factor_R.to(stats.eos_logp_R) * stats.eos_logp_R.exp(), offsets)
 
 
+class _TritonContrast(torch.autograd.Function):
+    """Loss and gradient in one launch; the backward only scales."""
+
+    @staticmethod
+    def forward(ctx, logp_M: torch.Tensor, stats: ResponseStats, loss: GroupContrastive) -> torch.Tensor:
+        from ampo_fast.kernels.group_contrastive import group_contrastive
+
+        def as_float(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.detach().float().contiguous()
+
+        sizes_B = stats.group_offsets.diff()
+        positive_M = None if stats.positive_M is None else stats.positive_M.to(torch.int8).contiguous()
+        loss_B, grad_M = group_contrastive(
+            as_float(logp_M), as_float(stats.length_M), as_float(stats.reward_M),
+            stats.group_offsets.to(logp_M.device), int(sizes_B.max()) if sizes_B.numel() else 0,
+            as_float(stats.ref_logp_M), positive_M, as_float(stats.baseline_B),
+            beta=loss.beta, alpha=loss.alpha * (loss.beta if loss.alpha_place == "inside" else 1.0),
+            log_gamma=math.log(loss.gamma) if loss.gamma else -math.inf,
+            is_avg=loss.score == "avg", weight=loss.weight if loss.alpha else "none",
+            is_squared=loss.weight_power == 2, split_mean=loss.split == "mean",
+        )  # fmt: skip
+        ctx.save_for_backward(grad_M)
+        ctx.group_M = torch.repeat_interleave(sizes_B).to(logp_M.device)
+        return loss_B
+
+    @staticmethod
+    def backward(ctx, upstream_B: torch.Tensor):
+        (grad_M,) = ctx.saved_tensors
+        return grad_M * upstream_B[ctx.group_M], None, None
+
+
 def _contrast(
     score_BG: torch.Tensor, positive_BG: torch.Tensor, negative_BG: torch.Tensor, gamma: float
 ) -> torch.Tensor:
@@ -150,7 +191,8 @@ def _contrast(
     positive_BG, negative_BG = positive_BG | ~has_both_B1, negative_BG | ~has_both_B1
     log_gamma = torch.tensor(gamma, dtype=torch.float64).log().to(score_BG)
     top_B = score_BG.masked_fill(~positive_BG, -torch.inf).logsumexp(1)
-    rest_B = (score_BG + log_gamma).masked_fill(~negative_BG, -torch.inf).logsumexp(1)
+    # gamma after the sum: gamma = 0 is then a constant -inf, not a row of them, whose gradient is NaN.
+    rest_B = score_BG.masked_fill(~negative_BG, -torch.inf).logsumexp(1) + log_gamma
     # logaddexp(a, b) - a = softplus(b - a): exact to the last digit also where one side is everything.
     return torch.where(has_both_B1[:, 0], torch.nn.functional.softplus(rest_B - top_B, threshold=80.0), 0.0)
 
@@ -233,11 +275,10 @@ def group_contrastive_loss(
         eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS). "budgeted"
             (with eos_budget) reads every token's EOS log-prob: GroupContrastive through fused_linear_group_loss has it.
         reduction: "mean" (sum / normalizer, default B), "sum" or "none" (per group).
+        impl: "torch", "triton" (one program per group; the gradient is made with the loss) or "auto".
     Raises:
         ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
     """
-    if impl not in ("auto", "torch"):
-        raise ValueError(f'impl = {impl!r} cannot run here; use "torch" or "auto"')
     num_responses = logp_M.shape[0]
     groups = check_offsets("group_offsets", group_offsets, num_responses)
     vectors = {"length_M": length_M, "reward_M": reward_M, "ref_logp_M": ref_logp_M}
@@ -260,7 +301,7 @@ def group_contrastive_loss(
     stats = ResponseStats(
         logp_M.to(work), length_M, reward_M.to(work), groups, ref_logp_M, eos_logp_M, positive_M, baseline_B
     )
-    per_group_B = loss_fn(stats).per_group_B
+    per_group_B = loss_fn.per_group(stats, impl)
     if reduction == "none":
         return per_group_B
     if reduction not in ("mean", "sum"):

@@ -10,6 +10,8 @@ from typing import ClassVar
 
 import torch
 
+from ampo_fast.dispatch import resolve_impl
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseStats:
@@ -90,9 +92,27 @@ class Groups:
         return top_BG & (top_BG.cumsum(1) == 1)
 
 
-def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Sum of each segment, in a fixed order (an atomic index_add would not be)."""
-    return torch.segment_reduce(values, "sum", offsets=offsets.to(values.device))
+def segment_sum(values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[M] sum of each segment, in a fixed order (an atomic index_add has none); offsets int64 [M + 1] on the CPU."""
+    return _SegmentSum.apply(values_R, offsets)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.offsets = offsets
+        on_device = offsets.to(values_R.device)
+        if resolve_impl("segment_sum", "auto", values_R) == "triton":
+            from ampo_fast.kernels.segment_sum import segment_sum as triton_sum
+
+            return triton_sum(values_R.contiguous(), on_device)
+        return torch.segment_reduce(values_R, "sum", offsets=on_device)
+
+    @staticmethod
+    def backward(ctx, grad_M: torch.Tensor):
+        length_M = ctx.offsets.diff()
+        spread = torch.repeat_interleave(length_M).to(grad_M.device)
+        return grad_M[spread], None
 
 
 def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutput:

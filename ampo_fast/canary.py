@@ -1,0 +1,115 @@
+"""Does the engine sample from the weights that we train? Log-probs of a fixed prompt, trainer against engine.
+
+Two looks after every sync. A fixed response is scored: the same tokens each time, so that a version can be compared with
+the one before. And a few tokens are sampled after the fixed prompt: that way lead the keys and values of the prompt, which
+the engine caches and must have forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from ampo_fast.evaluation import response_logp
+from ampo_fast.model import Policy
+from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
+
+log = logging.getLogger(__name__)
+
+NUM_SAMPLES = 2
+SAMPLING = Sampling(max_new_tokens=16)
+_TEXT = (
+    "A ship sails north from a quiet harbour at dawn. The captain counts the crew, the cook counts the bread, and the boy "
+    "at the mast counts the gulls. By noon the wind has turned, the sea is grey, and nobody counts any longer. "
+)
+_MIN_PROMPT_TOKENS = 160
+"""Over a cache block of any backend (16 to 128 tokens): a shorter prompt would never be served from the cache."""
+_ANSWER = "They reach the island in the evening, tired and glad."
+
+
+class SyncError(RuntimeError):
+    """The engine does not sample from the trainer's weights."""
+
+
+class Canary:
+    """Compares each replica of an engine with the trainer; `metrics` holds the newest comparison, in nats a token."""
+
+    def __init__(self, policy: Policy, tolerance: float) -> None:
+        self.policy, self.tolerance = policy, tolerance
+        self.prompt, self.prompt_ids = _fixed_prompt(policy)
+        self.response_ids = policy.encode_response(_ANSWER)
+        self.metrics: dict[str, float] = {}
+        self._trainer: torch.Tensor | None = None
+        self._trainer_change = 0.0
+        self._engine: dict[str, torch.Tensor] = {}
+        self._engine_before: dict[str, torch.Tensor] = {}
+
+    def renew(self) -> None:
+        """Takes the trainer's log-probs of the fixed response; to be called when the weights have changed."""
+        fixed = Candidate(content="", token_ids=self.response_ids)
+        logp_R = self._logp([fixed])
+        self._trainer_change = _mean_gap(logp_R, self._trainer) if self._trainer is not None else 0.0
+        self._trainer = logp_R
+        self._engine_before = dict(self._engine)
+        self.metrics = {}
+
+    def check(self, name: str, fixed_logp: Sequence[float], samples: Sequence[Candidate] = ()) -> None:
+        """Raises SyncError, with both values, where replica `name` differs by more than the tolerance or did not change."""
+        engine_R = torch.tensor(fixed_logp, dtype=torch.float32)
+        self._compare(name, "a fixed response", engine_R, self._trainer)
+        before = self._engine_before.get(name)
+        change = _mean_gap(engine_R, before) if before is not None else 0.0
+        # A stale engine stays within the tolerance for many small steps: but then it does not change at all.
+        if before is not None and change == 0.0 and self._trainer_change > self.tolerance / 10:
+            raise SyncError(
+                f"{name}: the sync left the engine's log-probs as they were, the trainer's moved by "
+                f"{self._trainer_change:.3g} nats a token: the weights did not arrive"
+            )
+        self._engine[name] = engine_R
+        self._worst("sync/logp_change", change)
+        if samples:
+            sampled_R = torch.tensor([value for candidate in samples for value in candidate.logp])
+            self._compare(name, "its own samples", sampled_R, self._logp(samples))
+
+    def _compare(self, name: str, what: str, engine_R: torch.Tensor, trainer_R: torch.Tensor) -> None:
+        gap = _mean_gap(engine_R, trainer_R)
+        self._worst("sync/logp_difference", gap)
+        if not gap <= self.tolerance:
+            raise SyncError(
+                f"{name}: log-probs of {what} after a fixed prompt differ by {gap:.4g} nats a token on average, more than "
+                f"{self.tolerance:g} (rollout.options.canary_tol): engine {_shown(engine_R)}, trainer {_shown(trainer_R)}. "
+                "Either the engine serves another model or dtype, or the sync failed"
+            )
+        log.info("%s: engine and trainer differ by %.2g nats a token on %s", name, gap, what)
+
+    def _logp(self, candidates: Sequence[Candidate]) -> torch.Tensor:
+        group = CandidateGroup(prompt=self.prompt, prompt_ids=self.prompt_ids, candidates=tuple(candidates))
+        return response_logp(self.policy, [group], max_tokens=1)
+
+    def _worst(self, key: str, value: float) -> None:
+        self.metrics[key] = max(value, self.metrics.get(key, 0.0))
+
+
+def default_tolerance(dtype: str) -> float:
+    """Nats a token: what two right implementations may differ by in this compute type."""
+    return 0.001 if dtype == "float32" else 0.05
+
+
+def _fixed_prompt(policy: Policy) -> tuple[Prompt, tuple[int, ...]]:
+    text, ids = _TEXT, ()
+    while len(ids) < _MIN_PROMPT_TOKENS:
+        prompt = Prompt(id="canary", messages=({"role": "user", "content": text},))
+        ids = policy.encode_prompt(prompt.messages)
+        text += _TEXT
+    return prompt, ids
+
+
+def _mean_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().mean().item() if len(a) == len(b) else float("inf")
+
+
+def _shown(logp_R: torch.Tensor) -> str:
+    head = ", ".join(f"{value:.4f}" for value in logp_R[:4].tolist())
+    return f"mean {logp_R.mean().item():.4f} ({head}, ...)"

@@ -1,0 +1,133 @@
+"""Frozen blocks of a transformer: which parameters are trained, and their output kept instead of computed each epoch.
+
+Shapes: n rows and L tokens of a batch, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+Unit = tuple[int, int, int]
+"""(row, first token, end) of what is computed alone, whatever shares its batch."""
+
+
+class FrozenBlocks:
+    """Freezes embeddings and all but the last `trained` blocks; None trains everything.
+
+    The output of the last frozen block is a fixed function of a unit's tokens: it is kept, up to limit_mib, under the
+    unit's key, and put in place of the frozen blocks the next time.
+    """
+
+    def __init__(self, model: nn.Module, trained: int | None, limit_mib: int) -> None:
+        self._blocks = find_blocks(model.base_model)
+        self._left = limit_mib * 2**20
+        self._kept: dict[Hashable, torch.Tensor] = {}
+        self.count = 0
+        if trained is None:
+            return
+        if trained >= len(self._blocks):
+            raise ValueError(
+                f"model.trained_blocks = {trained}, but the model has {len(self._blocks)} blocks: "
+                "leave it out to train everything"
+            )
+        self.count = len(self._blocks) - trained
+        _freeze(model.base_model, self._blocks, self.count)
+
+    def forward(
+        self, keys: Sequence[Hashable], units: Sequence[Unit], shape: tuple[int, int], run: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """run(), with the frozen blocks left out where the outputs of all units [n, L] = shape are kept."""
+        if not self.count or not (self._kept or self._left > 0):
+            return run()
+        if all(key in self._kept for key in keys):
+            first = self._kept[keys[0]]
+            hidden_nLD = first.new_zeros((*shape, first.shape[1]))
+            for key, (row, start, end) in zip(keys, units, strict=True):
+                hidden_nLD[row, start:end] = self._kept[key]
+            with self._replaced(hidden_nLD):
+                return run()
+        seen: list[torch.Tensor] = []
+        hook = self._blocks[self.count - 1].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            result = run()
+        finally:
+            hook.remove()
+        for key, (row, start, end) in zip(keys, units, strict=True):
+            self._keep(key, seen[0][row, start:end])
+        return result
+
+    def share(self, other: FrozenBlocks) -> None:
+        """Uses, and adds to, the outputs that `other` keeps: for a second model of the same frozen weights.
+
+        Raises ValueError where the frozen blocks differ.
+        """
+        mine, theirs = (blocks._blocks[: blocks.count].state_dict() for blocks in (self, other))
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            raise ValueError("the frozen blocks differ: their outputs cannot be shared")
+        self._kept, self._left = other._kept, other._left
+
+    def _keep(self, key: Hashable, hidden_LD: torch.Tensor) -> None:
+        size = hidden_LD.numel() * hidden_LD.element_size()
+        if key in self._kept:
+            return
+        if size > self._left:
+            if self._left > 0:
+                log.warning(
+                    "model.cache_mib is full after %d texts: the others run through all blocks", len(self._kept)
+                )
+            self._left = 0
+            return
+        self._left -= size
+        self._kept[key] = hidden_LD.detach().clone()
+
+    @contextlib.contextmanager
+    def _replaced(self, hidden_nLD: torch.Tensor) -> Iterator[None]:
+        blocks = list(self._blocks)
+        self._blocks[self.count - 1] = _Constant(hidden_nLD)
+        for i in range(self.count - 1):
+            self._blocks[i] = _Skip()
+        try:
+            yield
+        finally:
+            for i, block in enumerate(blocks):
+                self._blocks[i] = block
+
+
+class _Skip(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _Constant(nn.Module):
+    def __init__(self, hidden_nLD: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_nLD = hidden_nLD
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.hidden_nLD
+
+
+def find_blocks(base: nn.Module) -> nn.ModuleList:
+    """The longest list of modules: a transformer's blocks. Raises ValueError where there is none."""
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(base).__name__} has no list of blocks: leave model.trained_blocks out")
+    return max(lists, key=len)
+
+
+def _freeze(base: nn.Module, blocks: nn.ModuleList, count: int) -> None:
+    """Everything that runs before block `count`: what stands before the blocks in the model, and the first blocks."""
+    for child in base.children():
+        if any(module is blocks for module in child.modules()):
+            break
+        child.requires_grad_(False)
+    for block in blocks[:count]:
+        block.requires_grad_(False)

@@ -1,0 +1,81 @@
+"""JSON over HTTP with bounded waits and retries. Keys travel in a header and appear in no error, log or repr."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import tenacity
+
+from ampo_fast.urls import checked_url, is_loopback
+
+log = logging.getLogger(__name__)
+
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_MAX_SHOWN = 400
+
+
+class HttpError(RuntimeError):
+    """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off)."""
+
+    def __init__(self, message: str, is_passing: bool) -> None:
+        super().__init__(message)
+        self.is_passing = is_passing
+
+
+class JsonClient:
+    """One server. `post` and `get` return the decoded body, or raise HttpError within timeout_s of the server's silence."""
+
+    def __init__(self, base_url: str, key: str | None = None, timeout_s: float = 60.0) -> None:
+        self.base_url = checked_url(base_url)
+        self.timeout_s = timeout_s
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # A proxy from the environment must never see what is meant for this machine.
+        handlers = [urllib.request.ProxyHandler({})] if is_loopback(self.base_url) else []
+        self._opener = urllib.request.build_opener(*handlers, _NoRedirect())
+
+    def post(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+        return self._call("POST", path, json.dumps({} if body is None else body).encode(), timeout_s)
+
+    def get(self, path: str, timeout_s: float | None = None) -> Any:
+        return self._call("GET", path, None, timeout_s)
+
+    def _call(self, method: str, path: str, data: bytes | None, timeout_s: float | None) -> Any:
+        url = self.base_url + path
+        request = urllib.request.Request(url, data=data, headers=self._headers, method=method)
+        try:
+            with self._opener.open(request, timeout=timeout_s or self.timeout_s) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            shown = error.read(_MAX_SHOWN).decode(errors="replace")
+            raise HttpError(f"{method} {url}: HTTP {error.code}: {shown}", error.code in _PASSING) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, resets, torn answers
+            raise HttpError(f"{method} {url}: {getattr(error, 'reason', error)!r}", True) from None
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError:
+            raise HttpError(f"{method} {url}: the answer is not JSON: {text[:_MAX_SHOWN]!r}", True) from None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to wherever it points."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+def retried(call: Callable[[], Any], attempts: int, longest_wait_s: float = 20.0) -> Any:
+    """call(), repeated with growing random pauses while it raises a passing HttpError; the last error is raised."""
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=longest_wait_s),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, HttpError) and error.is_passing),
+        before_sleep=lambda state: log.warning("retrying: %s", state.outcome.exception()),
+        reraise=True,
+    )
+    return retrying(call)

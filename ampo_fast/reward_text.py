@@ -1,0 +1,76 @@
+"""What a reward model reads: prompt and response through the chat template, as any HuggingFace user of it would."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# An encoder's tokenizer has no chat template: turns one after another, each closed by its separator.
+_PLAIN_TEMPLATE = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
+_MARKER = "ampo"
+
+
+class RewardText:
+    """A tokenizer with a template and a limit, both saved with the model: the same text always has the same ids."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        if not tokenizer.chat_template:
+            if tokenizer.cls_token is None or tokenizer.sep_token is None:
+                raise ValueError("the tokenizer has no chat template; put a chat_template.jinja beside it")
+            tokenizer.chat_template = _PLAIN_TEMPLATE
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.num_truncated = 0
+        tokenizer.model_max_length = max_tokens
+        self._closing = self._closing_ids()
+        self.pad_id = self._choose_pad()
+
+    @property
+    def closing_id(self) -> int:
+        """The last token of every text: what a decoder's head reads."""
+        return self._closing[-1]
+
+    def encode(self, messages: Sequence[dict[str, str]], responses: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of prompt + response, for each response. Beyond max_tokens the response's end is cut, counted."""
+        texts = [self._template(messages, response) for response in responses]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._fit(tuple(ids), messages) for ids in encoded]
+
+    def is_overlong(self, messages: Sequence[dict[str, str]], response: str) -> bool:
+        text = self._template(messages, response)
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) > self.max_tokens
+
+    def _template(self, messages: Sequence[dict[str, str]], response: str) -> str:
+        turns = [*messages, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False)
+
+    def _fit(self, ids: tuple[int, ...], messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        if len(ids) <= self.max_tokens:
+            return ids
+        self.num_truncated += 1
+        prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+        half = self.max_tokens // 2
+        if length > half:  # the prompt's end stays: it holds the question
+            ids = ids[length - half : length] + ids[length:]
+        return ids[: self.max_tokens - len(self._closing)] + self._closing
+
+    def _closing_ids(self) -> tuple[int, ...]:
+        """What the template writes after an assistant's words."""
+        after = self._template([{"role": "user", "content": "a"}], _MARKER).rpartition(_MARKER)[2]
+        ids = tuple(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ValueError("the chat template closes no turn: a reward model reads the token that ends the response")
+        return ids
+
+    def _choose_pad(self) -> int:
+        """HF's decoders pool at the rightmost token that is not padding: it must not be the one that ends a text."""
+        tokenizer = self.tokenizer
+        known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, 0, 1]
+        pad = next(i for i in known if i is not None and i != self._closing[-1])
+        if pad != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        return pad

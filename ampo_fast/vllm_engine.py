@@ -1,0 +1,133 @@
+"""rollout.engine = "vllm": vLLM inside this process. The only module that imports vllm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ampo_fast import canary
+from ampo_fast.canary import Canary
+from ampo_fast.engine_config import VllmConfig
+from ampo_fast.model import Policy
+from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
+from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
+
+
+class VllmEngine:
+    """Starts on first use, from the policy's own directory; later weights are handed over in memory.
+
+    Raises ValueError where vllm is not installed, and SyncError where it does not sample from the trainer's weights.
+    """
+
+    answers_singly = True
+
+    def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
+        self.policy, self.options, self.dtype = policy, options, dtype
+        self.version = 0
+        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(dtype))
+        self._vllm = _import_vllm()
+        self._llm: Any = None
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        if self._llm is None:
+            self._start()
+            self._check()
+        encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
+        fields = [request_fields(self.policy, prompt.id, n, sampling) for prompt in prompts]
+        answers = self._complete(encoded, fields)
+        return [
+            CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
+            for prompt, prompt_ids, candidates in zip(prompts, encoded, answers, strict=True)
+        ]
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if self._llm is None:
+            self._start()
+        dtype = getattr(torch, self.dtype)
+        # A tied head is named beside its embedding by the caller: without it vLLM keeps a stale one.
+        weights = [(name, tensor.detach().to(dtype)) for name, tensor in named_tensors]
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of the old weights: its prefix cache could not be emptied")
+        self.version = version
+        self._check()
+
+    def close(self) -> None:
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    @property
+    def sync_metrics(self) -> dict[str, float]:
+        return self.canary.metrics
+
+    def _start(self) -> None:
+        options = self.options
+        limit = {"max_model_len": options.max_model_len} if options.max_model_len else {}
+        self._llm = self._vllm.LLM(
+            model=self.policy.source,
+            dtype=self.dtype,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            enable_prefix_caching=True,
+            enforce_eager=options.enforce_eager,
+            gpu_memory_utilization=options.memory_share,
+            **limit,
+        )
+
+    def _check(self) -> None:
+        self.canary.renew()
+        fields = request_fields(self.policy, "canary", canary.NUM_SAMPLES, canary.SAMPLING)
+        (samples,) = self._complete([self.canary.prompt_ids], [fields])
+        self.canary.check("vllm", self._score(self.canary.prompt_ids, self.canary.response_ids), samples)
+
+    def _complete(self, prompts: Sequence[Sequence[int]], fields: Sequence[dict[str, Any]]) -> list[list[Candidate]]:
+        """The candidates of each prompt of token ids. Raises BadAnswer."""
+        params = [self._vllm.SamplingParams(**field, detokenize=False) for field in fields]
+        outputs = self._llm.generate(self._tokens(prompts), params, use_tqdm=False)
+        answers = []
+        for output, field in zip(outputs, fields, strict=True):
+            if len(output.outputs) != field["n"]:
+                raise BadAnswer(f"vllm gave {len(output.outputs)} completions where {field['n']} were asked for")
+            answers.append([self._candidate(part) for part in sorted(output.outputs, key=lambda part: part.index)])
+        return answers
+
+    def _candidate(self, part: Any) -> Candidate:
+        logp = [row[token].logprob for token, row in zip(part.token_ids, part.logprobs, strict=True)]
+        return read_candidate(self.policy, list(part.token_ids), logp, part.finish_reason, self.version)
+
+    def _score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """Log-probs of the response after the prompt, at temperature 1."""
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate(self._tokens([(*prompt_ids, *response_ids)]), params, use_tqdm=False)
+        rows = output.prompt_logprobs[len(prompt_ids) :]
+        return [row[token].logprob for row, token in zip(rows, response_ids, strict=True)]
+
+    def _tokens(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        return [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+
+
+class _Vllm:
+    """The names of vllm that are used here."""
+
+    def __init__(self) -> None:
+        from vllm import LLM, SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        self.LLM, self.SamplingParams, self.TokensPrompt = LLM, SamplingParams, TokensPrompt
+
+
+def _import_vllm() -> _Vllm:
+    # The engine core in this process takes tensors as they are; in its own it would take them by pickle.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        return _Vllm()
+    except ImportError as error:
+        raise ValueError(
+            f'rollout.engine = "vllm" cannot import vllm ({error}): pip install ampo_fast[vllm], or set "transformers"'
+        ) from error

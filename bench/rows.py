@@ -1,0 +1,108 @@
+"""Rows of bench/results/*.csv: a measurement, and what it was measured on. A number without its row does not exist."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+FIELDS = ("op", "variant", "mode", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "roofline_pct",
+          "device", "versions", "commit", "date", "note")  # fmt: skip
+
+
+def append(path: Path, rows: Sequence[dict], extra: Sequence[str] = ()) -> None:
+    """Appends rows under the header FIELDS + extra; fields a row lacks stay empty. ValueError where the header differs."""
+    header = [*FIELDS, *extra]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists() or path.stat().st_size == 0
+    if not is_new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file))
+        if found != header:
+            raise ValueError(f"{path} has the columns {found}, the new rows have {header}; move the old file away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def context(*packages: str) -> dict:
+    """device, versions, commit and date of this run."""
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return {
+        "device": f"{len(os.sched_getaffinity(0))}-core {_cpu_name()}",
+        "versions": f"python {platform.python_version()} {versions}",
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def timings(seconds: Sequence[float]) -> dict:
+    """median_ms, p20_ms and p80_ms of samples in seconds."""
+    ordered = sorted(1e3 * s for s in seconds)
+    last = len(ordered) - 1
+    return {
+        "median_ms": f"{statistics.median(ordered):.4g}",
+        "p20_ms": f"{ordered[round(0.2 * last)]:.4g}",
+        "p80_ms": f"{ordered[round(0.8 * last)]:.4g}",
+    }
+
+
+def timed(call: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """Times the calls in turn, so that a slow minute of the machine hits all -> (seconds by name, last result by name)."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results = {name: call() for name, call in calls.items()}  # warm-up
+    for _ in range(repeats):
+        for name, call in calls.items():
+            spent, results[name] = timed(call)
+            seconds[name].append(spent)
+    return seconds, results
+
+
+def peak_mib(call: Callable[[], object]) -> str:
+    """What the call added to the resident memory at its height, in MiB; "" where the kernel does not say (not Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
+        before = _status_kib("VmHWM")
+        call()
+        return f"{(_status_kib('VmHWM') - before) / 1024:.1f}"
+    except OSError:
+        return ""
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found['cpu family']} model {found['model']})" if "cpu family" in found else name
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

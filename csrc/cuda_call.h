@@ -1,0 +1,40 @@
+// CUDA errors as exceptions, and device memory that lives in stream order.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ampo {
+
+inline void cuda_check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Allocated, and given back, in the order of the stream: neither waits for the device.
+template <typename T>
+class DeviceBuffer {
+ public:
+  DeviceBuffer(int64_t count, cudaStream_t stream) : stream_(stream) {
+    cuda_check(cudaMallocAsync(reinterpret_cast<void**>(&data_), sizeof(T) * (count > 0 ? count : 1), stream), "cudaMallocAsync");
+  }
+  DeviceBuffer(const std::vector<T>& host, cudaStream_t stream) : DeviceBuffer(int64_t(host.size()), stream) {
+    if (host.empty()) return;
+    // From pageable memory: the call returns once the host's copy is no longer needed.
+    cuda_check(cudaMemcpyAsync(data_, host.data(), sizeof(T) * host.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+  }
+  ~DeviceBuffer() { cudaFreeAsync(data_, stream_); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  cudaStream_t stream_;
+};
+
+}  // namespace ampo

@@ -1,0 +1,344 @@
+// One block a group: distances, the strategy, the cost; everything of a group stays in shared memory. The host has decided
+// the sides and the weights (select_group.h), so both paths use the same bits of them. All costs are rounded as on the CPU
+// (coverage.h), so sums are exact in any order and the same distances give the same choice.
+//
+// Compile with -fmad=false: a fused multiply-add would round costs differently from the CPU. fmaf is named where wanted.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda_block.cuh"
+#include "exact_scale.h"
+#include "select.h"
+#include "select_plan.h"
+
+namespace ampo {
+
+constexpr int kMaxChosen = int(kMaxCudaK);
+constexpr int kDims = 32;  // of a point that lie in shared memory at a time
+constexpr int kNothing = -1;
+
+struct GroupArgs {
+  const void* points;  // [n, dim] row-major
+  int64_t dim, k, num_positives;
+  const GroupPlan* plan;    // [num_groups]
+  const int16_t* eligible;  // [n] local indices, ascending
+  const int16_t* client;    // [n]
+  const double* weight;     // [n]
+  const int16_t* given;     // [num_groups, k] facilities (places in `eligible`): the choice, or where a search starts
+  const int64_t* positive;  // [num_groups, num_positives] local, -1 fills
+  DeviceStrategy strategy;
+  int64_t* negative;  // [num_groups, k]
+  double* cost;
+  double* lower_bound;
+  uint8_t* proven;
+};
+
+template <int kSize>
+struct GroupShared {
+  float squared[kSize][kSize + 1];
+  float point[kSize][kDims + 1];
+  double cost[kSize][kSize + 1];  // [facility, client], rounded
+  double first[kSize], second[kSize];  // of a client: the costs of its nearest and second nearest chosen facility
+  int slot[kSize];                     // of that nearest one
+  double value[kSize];                 // of a facility: its gain, or the change when it comes in
+  int out[kSize];                      // of a facility: the slot it would replace
+  double loss[kMaxChosen];
+  double reduced[kThreads];
+  int chosen[kMaxChosen], other[kMaxChosen];
+  int16_t eligible[kSize], client[kSize];
+  double weight[kSize];
+  double scale, total, bound;
+  int num_facilities, num_clients, k, pick;
+};
+
+// --- distances ---------------------------------------------------------------------------------------------------------
+
+// squared[i][j] for all pairs: a thread holds kSize / 16 rows by as many columns. d(i, j) = d(j, i) bit for bit.
+template <typename Raw, int kSize>
+__device__ void fill_squared(const Raw* points, int count, int64_t dim, GroupShared<kSize>& s) {
+  constexpr int kTile = kSize / 16;
+  const int row0 = threadIdx.x / 16, col0 = threadIdx.x % 16;
+  float sum[kTile][kTile] = {};
+  for (int64_t begin = 0; begin < dim; begin += kDims) {
+    for (int e = threadIdx.x; e < kSize * kDims; e += kThreads) {
+      const int i = e / kDims, d = e % kDims;
+      s.point[i][d] = i < count && begin + d < dim ? as_float(points[i * dim + begin + d]) : 0.0f;
+    }
+    __syncthreads();
+    for (int d = 0; d < kDims; ++d) {
+      float row[kTile], col[kTile];
+      for (int t = 0; t < kTile; ++t) row[t] = s.point[row0 + 16 * t][d], col[t] = s.point[col0 + 16 * t][d];
+      for (int r = 0; r < kTile; ++r) {
+        for (int c = 0; c < kTile; ++c) sum[r][c] = fmaf(row[r] - col[c], row[r] - col[c], sum[r][c]);
+      }
+    }
+    __syncthreads();
+  }
+  for (int r = 0; r < kTile; ++r) {
+    for (int c = 0; c < kTile; ++c) s.squared[row0 + 16 * r][col0 + 16 * c] = sum[r][c];
+  }
+  __syncthreads();
+}
+
+template <int kSize>
+__device__ double distance(const GroupShared<kSize>& s, int facility, int client) {
+  return double(sqrtf(s.squared[s.eligible[facility]][s.client[client]]));
+}
+
+template <int kSize>
+__device__ void fill_costs(GroupShared<kSize>& s) {
+  const int entries = s.num_facilities * s.num_clients;
+  double largest = 0.0;
+  for (int e = threadIdx.x; e < entries; e += kThreads) {
+    const int f = e / s.num_clients, c = e % s.num_clients;
+    s.cost[f][c] = s.weight[c] * distance(s, f, c);
+    largest = fmax(largest, s.cost[f][c]);
+  }
+  s.reduced[threadIdx.x] = largest;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int t = 1; t < kThreads; ++t) largest = fmax(largest, s.reduced[t]);
+    s.scale = exact_scale(largest, double(s.num_clients) * double(s.k + 1));
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < entries; e += kThreads) {
+    double& cost = s.cost[e / s.num_clients][e % s.num_clients];
+    cost = rint(cost * s.scale);
+  }
+  __syncthreads();
+}
+
+// --- local search: the steps of kmedoids_cpu.cpp, one thread a facility or a client --------------------------------------
+
+template <int kSize>
+__device__ bool is_in(const GroupShared<kSize>&, const int* chosen, int num, int facility) {
+  for (int t = 0; t < num; ++t) {
+    if (chosen[t] == facility) return true;
+  }
+  return false;
+}
+
+// pick = the facility with the largest value, ties to the lowest.
+template <int kSize>
+__device__ void pick_largest(GroupShared<kSize>& s) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    s.pick = 0;
+    for (int j = 1; j < s.num_facilities; ++j) {
+      if (s.value[j] > s.value[s.pick]) s.pick = j;
+    }
+  }
+  __syncthreads();
+}
+
+template <int kSize>
+__device__ void pick_cheapest_alone(GroupShared<kSize>& s) {
+  const int j = threadIdx.x;
+  if (j < s.num_facilities) {
+    double cost = 0.0;
+    for (int i = 0; i < s.num_clients; ++i) cost += s.cost[j][i];
+    s.value[j] = -cost;
+  }
+  pick_largest(s);
+}
+
+template <int kSize>
+__device__ void greedy_start(GroupShared<kSize>& s, int* chosen) {
+  const int t = threadIdx.x;
+  pick_cheapest_alone(s);
+  for (int num = 0; num < s.k; ++num) {
+    if (t == 0) chosen[num] = s.pick;
+    if (t < s.num_clients) s.first[t] = num == 0 ? s.cost[s.pick][t] : fmin(s.first[t], s.cost[s.pick][t]);
+    __syncthreads();
+    if (num + 1 == s.k) break;
+    if (t < s.num_facilities) {
+      double gain = 0.0;
+      for (int i = 0; i < s.num_clients; ++i) gain += fmax(0.0, s.first[i] - s.cost[t][i]);
+      s.value[t] = is_in(s, chosen, num + 1, t) ? -1.0 : gain;
+    }
+    pick_largest(s);
+  }
+}
+
+template <int kSize>
+__device__ void fill_nearest(GroupShared<kSize>& s, const int* chosen) {
+  const int i = threadIdx.x;
+  if (i < s.num_clients) {
+    double first = INFINITY, second = INFINITY;
+    int slot = 0;
+    for (int t = 0; t < s.k; ++t) {
+      const double cost = s.cost[chosen[t]][i];
+      const bool closer = cost < first;
+      second = closer ? first : fmin(second, cost);
+      slot = closer ? t : slot;
+      first = closer ? cost : first;
+    }
+    s.first[i] = first, s.second[i] = second, s.slot[i] = slot;
+  }
+  __syncthreads();
+  if (i < s.k) {
+    double loss = 0.0;
+    for (int c = 0; c < s.num_clients; ++c) {
+      if (s.slot[c] == i) loss += s.second[c] - s.first[c];
+    }
+    s.loss[i] = loss;
+  }
+  __syncthreads();
+}
+
+// value, out: the best swap that brings this thread's facility in.
+template <int kSize>
+__device__ void fill_swaps(GroupShared<kSize>& s, const int* chosen) {
+  const int in = threadIdx.x;
+  if (in < s.num_facilities) {
+    double change[kMaxChosen], shared_gain = 0.0;
+    for (int t = 0; t < s.k; ++t) change[t] = s.loss[t];
+    for (int i = 0; i < s.num_clients; ++i) {
+      const double cost = s.cost[in][i], first = s.first[i], second = s.second[i];
+      shared_gain += fmin(cost - first, 0.0);
+      change[s.slot[i]] += fmax(first, fmin(cost, second)) - second;
+    }
+    int best = 0;
+    for (int t = 1; t < s.k; ++t) {
+      if (change[t] < change[best] || (change[t] == change[best] && chosen[t] < chosen[best])) best = t;
+    }
+    s.value[in] = is_in(s, chosen, s.k, in) ? 0.0 : change[best] + shared_gain;
+    s.out[in] = best;
+  }
+  __syncthreads();
+}
+
+// Swaps until none lowers the cost. The CPU tries candidates in turn and swaps at once; here all are tried at the same time
+// and the first in turn that gains is taken, which is the same sequence. Leaves the cost in total.
+template <int kSize>
+__device__ void swap_search(GroupShared<kSize>& s, int* chosen) {
+  if (s.k == 1) {
+    pick_cheapest_alone(s);
+    if (threadIdx.x == 0) chosen[0] = s.pick;
+    __syncthreads();
+  }
+  int next = 0;
+  while (true) {
+    fill_nearest(s, chosen);
+    if (s.k == 1) break;
+    fill_swaps(s, chosen);
+    if (threadIdx.x == 0) {
+      s.pick = kNothing;
+      for (int step = 0; step < s.num_facilities && s.pick == kNothing; ++step) {
+        const int in = (next + step) % s.num_facilities;
+        if (s.value[in] < 0.0) s.pick = in;
+      }
+      if (s.pick != kNothing) chosen[s.out[s.pick]] = s.pick;
+    }
+    __syncthreads();
+    const int taken = s.pick;
+    __syncthreads();
+    if (taken == kNothing) break;
+    next = (taken + 1) % s.num_facilities;
+  }
+  if (threadIdx.x == 0) {
+    s.total = 0.0;
+    for (int i = 0; i < s.num_clients; ++i) s.total += s.first[i];
+  }
+  __syncthreads();
+}
+
+// From the greedy start and from the given one (the lowest rewards); the greedy one's end where both cost the same.
+template <int kSize>
+__device__ void opt_select(GroupShared<kSize>& s) {
+  fill_costs(s);
+  swap_search(s, s.other);
+  const double from_given = s.total;
+  __syncthreads();
+  greedy_start(s, s.chosen);
+  swap_search(s, s.chosen);
+  const bool is_given_better = from_given < s.total;
+  __syncthreads();
+  if (is_given_better && int(threadIdx.x) < s.k) s.chosen[threadIdx.x] = s.other[threadIdx.x];
+  if (threadIdx.x == 0) {
+    const double total = is_given_better ? from_given : s.total;
+    s.bound = total == 0.0 ? INFINITY : total / s.scale / 5.0;  // a swap's local optimum is within 5 x the optimum
+  }
+  __syncthreads();
+}
+
+template <int kSize>
+__device__ void k_center(GroupShared<kSize>& s, const int64_t* positive, int64_t num_positives) {
+  const int j = threadIdx.x;
+  const bool is_mine = j < s.num_facilities;
+  float nearest = INFINITY;
+  for (int64_t p = 0; is_mine && p < num_positives && positive[p] >= 0; ++p) {
+    nearest = fminf(nearest, s.squared[s.eligible[j]][positive[p]]);
+  }
+  for (int num = 0; num < s.k; ++num) {
+    if (is_mine) s.value[j] = is_in(s, s.chosen, num, j) ? -1.0 : double(nearest);
+    pick_largest(s);
+    if (j == 0) s.chosen[num] = s.pick;
+    if (is_mine) nearest = fminf(nearest, s.squared[s.eligible[j]][s.eligible[s.pick]]);
+    __syncthreads();
+  }
+}
+
+// --- a whole group -----------------------------------------------------------------------------------------------------
+
+template <int kSize>
+__device__ void take_group(const GroupArgs& args, const GroupPlan& plan, GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  if (t < plan.num_eligible) s.eligible[t] = args.eligible[plan.begin + t];
+  if (t < plan.num_clients) s.client[t] = args.client[plan.begin + t], s.weight[t] = args.weight[plan.begin + t];
+  if (t < plan.k) s.chosen[t] = s.other[t] = args.given[blockIdx.x * args.k + t];
+  if (t == 0) {
+    s.num_facilities = plan.num_eligible, s.num_clients = plan.num_clients, s.k = plan.k;
+    s.bound = plan.k == plan.num_eligible ? INFINITY : 0.0;  // the only choice there is
+  }
+  __syncthreads();
+}
+
+template <int kSize>
+__device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  if (t < s.num_clients) {
+    float nearest = INFINITY;
+    for (int c = 0; c < s.k; ++c) nearest = fminf(nearest, s.squared[s.eligible[s.chosen[c]]][s.client[t]]);
+    s.first[t] = s.weight[t] * double(sqrtf(nearest));
+  }
+  __syncthreads();
+  if (t < s.k) {  // ascending: a facility's place is how many chosen ones are lower
+    int place = 0;
+    for (int c = 0; c < s.k; ++c) place += s.chosen[c] < s.chosen[t];
+    args.negative[blockIdx.x * args.k + place] = s.eligible[s.chosen[t]];
+  }
+  if (t != 0) return;
+  double cost = 0.0;
+  for (int c = 0; c < s.num_clients; ++c) cost += s.first[c];  // in order, as on the CPU
+  cost = cost == 0.0 ? 0.0 : cost * plan.shift;  // the shift may have overflowed
+  const double bound = s.bound == INFINITY || s.bound == 0.0 ? s.bound : s.bound * plan.shift;
+  args.cost[blockIdx.x] = cost;
+  args.lower_bound[blockIdx.x] = fmin(bound, cost);
+  args.proven[blockIdx.x] = bound >= cost;
+}
+
+template <typename Raw, int kSize>
+__global__ void select_group(GroupArgs args) {
+  AMPO_SHARED(GroupShared<kSize>, s);
+  const GroupPlan plan = args.plan[blockIdx.x];
+  for (int64_t t = plan.k + threadIdx.x; t < args.k; t += kThreads) args.negative[blockIdx.x * args.k + t] = -1;
+  if (plan.k == 0) {
+    if (threadIdx.x == 0) {
+      args.cost[blockIdx.x] = args.lower_bound[blockIdx.x] = NAN;
+      args.proven[blockIdx.x] = 0;
+    }
+    return;
+  }
+  take_group(args, plan, s);
+  fill_squared(static_cast<const Raw*>(args.points) + plan.begin * args.dim, plan.count, args.dim, s);
+  if (plan.k < plan.num_eligible && args.strategy == DeviceStrategy::kKCenter) {
+    k_center(s, args.positive + blockIdx.x * args.num_positives, args.num_positives);
+  }
+  if (plan.k < plan.num_eligible && args.strategy == DeviceStrategy::kOptSelect) opt_select(s);
+  write_group(args, plan, s);
+}
+
+}  // namespace ampo

@@ -1,0 +1,232 @@
+"""The Triton kernels: on the GPU where there is one, else in Triton's interpreter; and compiled for three architectures.
+
+Tolerance: |ours - float64 truth| <= 2 |torch in the same dtype - float64 truth| + a small slack.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+pytest.importorskip("triton")
+
+from ampo_fast import fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
+from ampo_fast.losses import AMPO, GroupContrastive  # noqa: E402
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# The interpreter truncates to bfloat16 and multiplies its bit patterns: float16 stands in for it off the GPU.
+DTYPES = [torch.float32, torch.bfloat16 if ON_GPU else torch.float16]
+SHAPES = [(1, 64, 97), (7, 576, 1000), (130, 100, 1000), (3, 64, 50257)]  # interpreted: one row at a time
+if ON_GPU:
+    SHAPES = list(itertools.product((1, 7, 513, 2048), (64, 576, 1000), (97, 1000, 49152, 50257)))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def head(num_rows, num_hidden, num_tokens, dtype, seed=0, peaked=True):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_tokens, num_hidden, generator=generator)
+    target = torch.randint(0, num_tokens, (num_rows,), generator=generator)
+    hidden = torch.randn(num_rows, num_hidden, generator=generator) / num_hidden**0.5
+    if peaked:  # a third of the rows are sure of their target, as real ones are
+        hidden[::3] += weight[target[::3]] * 12 / num_hidden
+    bias = torch.randn(num_tokens, generator=generator)
+    return [t.to(DEVICE) if t.dtype == torch.int64 else t.to(DEVICE, dtype) for t in (hidden, weight, target, bias)]
+
+
+def close(ours, same_dtype, truth, slack):
+    ours, same_dtype, truth = (t.double() for t in (ours, same_dtype, truth))
+    error, allowed = (ours - truth).abs().max().item(), (same_dtype - truth).abs().max().item()
+    assert error <= 2 * allowed + slack, f"error {error:.3e}, torch's {allowed:.3e}, slack {slack:.1e}"
+
+
+def logprobs(hidden, weight, target, bias, upstream, **options):
+    """(logp, eos_logp, dX, dW, db) by the reference in the inputs' dtype."""
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    logp, eos = reference.linear_logprob(leaves[0], leaves[1], target, bias_V=leaves[2], **options)
+    (logp * upstream[0].to(logp)).sum().add((eos * upstream[1].to(eos)).sum()).backward()
+    return logp.detach(), eos.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_probs_and_gradients_are_as_good_as_torch_in_the_same_dtype(shape, dtype):
+    hidden, weight, target, bias = head(*shape, dtype)
+    options = {"temperature": 0.8, "softcap": 20.0, "eos_id": 3}
+    upstream = torch.randn(2, shape[0], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    upstream[:, ::4] = 0.0
+    truth = logprobs(hidden.double(), weight.double(), target, bias.double(), upstream, **options)
+    plain = logprobs(hidden, weight, target, bias, upstream, **options)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    logp, eos = linear_logprob(leaves[0], leaves[1], target, bias_V=leaves[2], impl="triton", **options)
+    (logp * upstream[0] + eos * upstream[1]).sum().backward()
+    ours = (logp.detach(), eos.detach(), *(leaf.grad for leaf in leaves))
+    slack = 1e-5 if dtype == torch.float32 else 2e-3
+    for got, same, want in zip(ours, plain, truth, strict=True):
+        close(got, same, want, slack * (1 + want.abs().max().item()))
+    assert (logp <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_without_logits_equals_the_reference(shape, dtype):
+    hidden, weight, target, bias = head(*shape, dtype)
+    options = {"temperature": 0.8, "softcap": 20.0, "eos_id": 3}
+    with torch.no_grad():
+        ours = linear_logprob(hidden, weight, target, bias_V=bias, impl="triton", **options)
+        plain = reference.linear_logprob(hidden, weight, target, bias_V=bias, **options)
+        truth = reference.linear_logprob(
+            hidden.double(), weight.double(), target, bias_V=bias.double(), **options
+        )  # fmt: skip
+    for got, same, want in zip(ours, plain, truth, strict=True):
+        close(got, same, want, 1e-5 * (1 + want.abs().max().item()))
+        assert (got <= 0).all()
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_logits_far_from_zero_do_no_harm(shift, with_gradient):
+    hidden, weight, target, _ = head(6, 64, 300, torch.float32, peaked=False)
+    bias = torch.full((300,), shift, device=DEVICE)
+    hidden.requires_grad_(with_gradient)
+    logp = linear_logprob(hidden, weight, target, bias_V=bias, impl="triton")
+    want = reference.linear_logprob(hidden.double(), weight.double(), target)
+    torch.testing.assert_close(logp.double(), want, atol=4e-3, rtol=0)  # one digit of 1e4 in float32 is 1e-3
+    assert (logp <= 0).all()
+
+
+def test_a_sure_target_keeps_the_digits_of_its_gradient():
+    # p_target = 1 - 1e-4: the gradient of its logit is 1e-4, which 1 - p would round.
+    weight = torch.eye(64, device=DEVICE)[:2].repeat(1, 1)
+    hidden = torch.zeros(1, 64, device=DEVICE)
+    hidden[0, 0] = torch.log(torch.tensor(9999.0))
+    weight.requires_grad_()
+    logp = linear_logprob(hidden, weight, torch.zeros(1, dtype=torch.int64, device=DEVICE), impl="triton")
+    logp.sum().backward()
+    expected = 1e-4 * hidden[0, 0].item()
+    assert abs(weight.grad[0, 0].item() / expected - 1) < 2e-6
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute", "frozen"])
+def test_the_fused_op_gives_torchs_loss_and_gradients(mode):
+    responses, groups = torch.tensor([0, 5, 9, 12, 20, 22, 30, 40]), torch.tensor([0, 3, 7])
+    hidden, weight, target, _ = head(40, 64, 97, torch.float32)
+    reward = torch.linspace(0, 1, 7, device=DEVICE)
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(mode != "frozen")]
+        loss, stats = fused_linear_group_loss(
+            *leaves, target, responses, groups, reward, AMPO(alpha=0.3), mode=mode, chunk_rows=25, impl=impl
+        )
+        loss.backward()
+        results.append((loss.detach(), stats.logp_M, leaves[0].grad, leaves[1].grad))
+    for ours, torchs in zip(*results, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+def contrast_inputs():
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([8, 1, 0, 5, 17, 2])
+    total = int(sizes.sum())
+    logp = -40 * torch.rand(total, generator=generator)
+    length = torch.randint(1, 30, (total,), generator=generator)
+    reward = torch.rand(total, generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    more = {"ref_logp_M": logp + torch.randn(total, generator=generator)}
+    more["positive_M"] = torch.rand(total, generator=generator) > 0.7
+    more["baseline_B"] = torch.rand(6, generator=generator)
+    on_device = [t.to(DEVICE) for t in (logp, length, reward)]
+    return (*on_device, offsets, {name: value.to(DEVICE) for name, value in more.items()})
+
+
+OPTIONS = list(
+    itertools.product(["avg", "sum"], ["signed", "abs", "none"], ["best", "mean", "given"], [1, 2], [0.0, 3.0])
+)
+
+
+@pytest.mark.parametrize(("score", "weight", "split", "power", "gamma"), OPTIONS)
+def test_the_group_loss_and_its_closed_form_gradient(score, weight, split, power, gamma):
+    logp, length, reward, offsets, more = contrast_inputs()
+    options = {"beta": 2.0, "alpha": 0.4, "gamma": gamma, "score": score, "weight": weight, "weight_power": power}
+    if split != "given":
+        more.pop("positive_M")
+    options |= {"split": split, "reduction": "none"}
+    upstream = torch.linspace(-1, 2, 6, device=DEVICE)
+    results = []
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        leaf = logp.detach().to(dtype).requires_grad_()
+        cast = {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in more.items()}
+        loss = group_contrastive_loss(leaf, length, reward.to(dtype), offsets, impl=impl, **cast, **options)
+        (loss * upstream.to(dtype)).sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    for ours, torchs, truth in zip(*results, strict=True):
+        close(ours, torchs, truth, 2e-6 * (1 + truth.abs().max().item()))
+    assert results[0][0][1:3].tolist() == [0.0, 0.0]  # one response, none: an empty side
+
+
+def test_extreme_scores_of_the_group_loss_stay_finite():
+    logp = torch.tensor([-1e4, 0.0, 0.0, -1e4], device=DEVICE, requires_grad=True)
+    loss = group_contrastive_loss(
+        logp, torch.ones(4, device=DEVICE), torch.tensor([1.0, 0.0, 1.0, 0.0], device=DEVICE),
+        torch.tensor([0, 2, 4]), beta=1.0, score="sum", reduction="none", impl="triton",
+    )  # fmt: skip
+    loss.sum().backward()
+    assert loss.tolist() == [1e4, 0.0]
+    assert logp.grad.tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_same_input_gives_the_same_bits():
+    hidden, weight, target, bias = head(33, 64, 1000, DTYPES[1])
+    with torch.no_grad():
+        first, second = (linear_logprob(hidden, weight, target, bias_V=bias, impl="triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_eos_penalties_ride_on_the_triton_loss():
+    logp, length, reward, offsets, _ = contrast_inputs()
+    eos = -torch.rand_like(logp)
+    penalty = {"beta": 2.0, "eos_penalty": "target", "eos_lambda": 0.2, "eos_logp_M": eos}
+    ours = group_contrastive_loss(logp, length, reward, offsets, impl="triton", **penalty)
+    torch.testing.assert_close(ours, group_contrastive_loss(logp, length, reward, offsets, impl="torch", **penalty))
+
+
+def test_triton_by_name_where_it_cannot_run_says_what_would_help(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tensors = [torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)]
+    with pytest.raises(ValueError, match="CUDA"):
+        linear_logprob(*tensors, impl="triton")
+    with pytest.raises(ValueError, match="float64"):
+        linear_logprob(tensors[0].double(), tensors[1].double(), tensors[2], impl="triton")
+    with pytest.raises(ValueError, match="impl"):
+        linear_logprob(*tensors, impl="cuda")
+    assert GroupContrastive(beta=1.0).per_group  # the class goes by "auto" and takes torch here
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiles_without_spills_and_uses_tensor_cores_for_its_dots(arch):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "aot_compile.py"
+    done = subprocess.run(
+        [sys.executable, script, str(arch)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["local"] == 0, kernel
+    core = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    assert [k["tensor_cores"] for k in kernels if k["kernel"] == "forward_bf16"] == [core]

@@ -1,0 +1,25 @@
+"""The README's example of the fused loss, run as it is written there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_the_example_of_the_fused_loss_runs_as_written(tiny_model):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    example = next(block for block in blocks if "fused_linear_group_loss" in block)
+    names = {
+        "path": str(tiny_model),
+        "ids_ML": torch.randint(5, 50, (4, 12), generator=torch.Generator().manual_seed(0)),
+        "prompt_length": 5,
+        "rewards_M": torch.tensor([0.1, 0.9, 0.4, 0.2]),
+    }
+    exec(example, names)
+    model, ids, offsets = names["model"], names["ids_ML"], names["response_offsets"]
+    assert offsets.tolist() == [0, 7, 14, 21, 28]
+    logp = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])[:, 4:, 0].sum(1)
+    torch.testing.assert_close(names["stats"].logp_M, logp, atol=1e-4, rtol=1e-4)
+    assert model.lm_head.weight.grad.abs().max() > 0

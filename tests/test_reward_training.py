@@ -1,0 +1,201 @@
+"""Reward models that learn what small data holds, stop, and come back as they left."""
+
+import json
+import random
+
+import pytest
+import torch
+from builders import config as policy_config
+from builders import group as candidate_group
+
+from ampo_fast import cli
+from ampo_fast.config import build_config
+from ampo_fast.metrics import read_metrics
+from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
+from ampo_fast.reward_data import conversation_key
+from ampo_fast.reward_training import (
+    Item,
+    RewardTrainer,
+    ScoreInfoNCA,
+    fit_length_weight,
+    make_reward_loss,
+    train_reward,
+)
+from ampo_fast.rewards import make_reward
+from ampo_fast.types import GivenResponse, Prompt
+
+
+def write_pairs(path, count=48, seed=0, fewer=True, **more):
+    """Answers of one length; those with fewer "z" score higher (an untrained model ranks them the other way)."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        low, high = sorted(rng.sample(range(9), 2))
+        texts = ["".join(rng.sample("z" * n + "abcdefgh"[: 8 - n], 8)) for n in ((low, high) if fewer else (high, low))]
+        scores = {"chosen_score": high / 8, "rejected_score": low / 8}
+        rows.append({"prompt": f"q{i % 24}", "chosen": texts[0], "rejected": texts[1], **scores, **more})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(tmp_path, tiny_model, **sections):
+    values = {
+        "run": {"dir": str(tmp_path / "runs"), "epochs": 6},
+        "data": {"train": str(write_pairs(tmp_path / "pairs.jsonl")), "eval_share": 0.25, "max_tokens": 64},
+        "model": {"path": str(tiny_model)},
+        "optim": {"prompts_per_step": 8, "lr": 3e-3, "micro_batch_tokens": 256},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return build_config(values, schema=RewardTrainingConfig)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "BradleyTerry"},
+        {"name": "MMPOReward", "params": {"gamma": {"agreement": 0.9}}},
+        {"name": "MarginBT"},
+        {"name": "PCRM"},
+        {"name": "Listwise"},
+        {"name": "InfoNCA", "params": {"temperature": 0.2}},
+    ],
+)
+def test_every_loss_learns_the_order(tiny_model, tmp_path, loss):
+    summary = train_reward(settings(tmp_path, tiny_model, loss=loss))
+    rows = read_metrics(tmp_path / "runs/reward/metrics.jsonl")
+    start = next(row["eval/accuracy"] for row in rows if row["step"] == 0)
+    assert start < 0.5
+    assert summary["accuracy"] > 0.8
+    assert summary["num_pairs"] == 12
+    assert summary["padding_factor"] == 1.0
+    assert summary["sharing_factor"] > 1.2
+    assert summary["export_difference"] < 1e-3
+    assert (summary.get("gamma") is not None) == (loss["name"] == "MMPOReward")
+
+
+def test_the_run_directory_is_whole_and_the_model_is_a_reward(tiny_model, tmp_path, capsys):
+    import tomli_w
+
+    config = settings(tmp_path, tiny_model, run={"epochs": 2})
+    path = tmp_path / "reward.toml"
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    assert cli.main(["train-reward", str(path), "--run.name", "second"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    run = tmp_path / "runs/second"
+    assert summary["run_dir"] == str(run)
+    for name in ("config.json", "versions.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html"):
+        assert (run / name).stat().st_size > 0, name
+    assert "Reliability" in (run / "report.html").read_text()
+    from transformers import AutoModelForSequenceClassification
+
+    assert AutoModelForSequenceClassification.from_pretrained(run / "final").config.num_labels == 1
+    scored = make_reward(policy_config(reward={"kind": f"classifier:{run / 'final'}"}))([candidate_group(["zz", "ab"])])
+    assert len(scored[0]) == 2
+    assert cli.main(["train-reward", str(path), "--run.name", "second"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.main(["train-reward", str(path), "--optim.lrr", "1"]) == 2
+    assert "did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_exported_and_training_stops_early(tiny_model, tmp_path):
+    # Held-out pairs of the opposite taste: every step makes them worse, and two worse evaluations end the run.
+    opposite = write_pairs(tmp_path / "opposite.jsonl", fewer=False)
+    summary = train_reward(settings(tmp_path, tiny_model, data={"eval": str(opposite)}, eval={"patience": 2}))
+    assert (summary["best_step"], summary["steps"]) == (0, 12)
+    assert "without a better held-out loss" in summary["stopped"]
+    rows = read_metrics(tmp_path / "runs/reward/metrics.jsonl")
+    assert summary["accuracy"] == pytest.approx(rows[0]["eval/accuracy"])
+    assert summary["log_loss"] == pytest.approx(rows[0]["eval/log_loss"], rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_step(tiny_model, tmp_path):
+    weights = []
+    for name, tokens in (("a", 64), ("b", 4096)):
+        config = settings(tmp_path, tiny_model, run={"name": name, "epochs": 1}, optim={"micro_batch_tokens": tokens})
+        trainer = RewardTrainer(config)
+        trainer.run()
+        weights.append(trainer.model.model.score.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-5)
+
+
+def test_held_out_prompts_are_not_trained_on(tiny_model, tmp_path):
+    trainer = RewardTrainer(settings(tmp_path, tiny_model))
+    train, held = ({conversation_key(i.group) for i in items} for items in (trainer.train_items, trainer.held_items))
+    assert train.isdisjoint(held)
+    assert (len(train), len(held)) == (18, 6)
+
+
+def test_ties_are_half_for_mmpo_and_too_long_ones_are_dropped(tiny_model, tmp_path):
+    path = write_pairs(tmp_path / "ties.jsonl", chosen_score=0.5, rejected_score=0.5)
+    tied = {"train": str(path), "eval": str(write_pairs(tmp_path / "eval.jsonl", 8, 1)), "max_tokens": 64}
+    with pytest.raises(ValueError, match="equal scores"):
+        RewardTrainer(settings(tmp_path, tiny_model, data=tied))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["chosen_score"], rows[1]["chosen"] = 0.9, "z" * 99
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss = {"name": "MMPOReward", "params": {"gamma": 2.0}}
+    trainer = RewardTrainer(settings(tmp_path, tiny_model, data=tied | {"overlong": "drop"}, loss=loss))
+    assert len(trainer.train_items) == 47
+    (item,) = [i for i in trainer.train_items if i.rewards == [0.5, 0.5]][:1]
+    pulled = trainer._loss(torch.tensor([1.0, 0.0]), [item]).loss
+    assert pulled > trainer._loss(torch.tensor([0.0, 0.0]), [item]).loss
+
+
+def test_length_is_fitted_and_dropped(tiny_model, tmp_path):
+    rows = []
+    for i in range(40):
+        long, short = "z" * 12 + "ab", "ab"
+        first_wins = i % 4 > 0  # the longer one wins in three of four: w = log 3 / log(length ratio)
+        pair = (long, short) if first_wins else (short, long)
+        scores = {"chosen_score": 1.0, "rejected_score": 0.1 * (i % 7)}
+        rows.append({"prompt": f"q{i % 20}", "chosen": pair[0], "rejected": pair[1], **scores})
+    path = tmp_path / "length.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    free, controlled = (
+        RewardTrainer(
+            settings(tmp_path, tiny_model, run={"name": f"r{flag}", "epochs": 4}, data={"train": str(path)},
+                     loss={"length_control": flag})
+        )
+        for flag in (False, True)
+    )  # fmt: skip
+    assert controlled.length_weight > 0.3
+    assert free.length_weight == 0.0
+    probe = Prompt(id="p", messages=({"role": "user", "content": "q1"},), responses=(
+        GivenResponse(content="z" * 12 + "ab"), GivenResponse(content="ab")))  # fmt: skip
+    gaps = []
+    for trainer in (free, controlled):
+        trainer.run()
+        scores = trainer.model([trainer.model.encode(probe)])
+        gaps.append((scores[0] - scores[1]).item())
+    assert gaps[0] > 0.3
+    assert abs(gaps[1]) < 0.5 * gaps[0]
+
+
+def test_the_length_weight_is_the_log_odds_by_hand(tiny_model):
+    from ampo_fast.reward_model import EncodedGroup
+
+    def item(first, second, rewards):
+        given = tuple(GivenResponse(content="x", reward=r) for r in rewards)
+        ids = (tuple(range(first)), tuple(range(second)))
+        return Item(Prompt(id="i", messages=(), responses=given), EncodedGroup("i", ids, 0))
+
+    import math
+
+    items = [item(4, 2, (1.0, 0.0))] * 3 + [item(4, 2, (0.0, 1.0))]
+    assert fit_length_weight(items) == pytest.approx(math.log(3) / math.log(2))
+    with pytest.raises(ValueError, match="length decides every pair"):
+        fit_length_weight(items[:3])
+
+
+def test_infonca_on_scores_by_hand():
+    loss = ScoreInfoNCA(temperature=0.5)
+    score, reward = torch.tensor([0.3, -0.2]), torch.tensor([1.0, 0.0])
+    expected = -(torch.softmax(reward / 0.5, 0) * torch.log_softmax(score, 0)).sum()
+    assert loss(score, reward, torch.tensor([0, 2])).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["BradleyTerry", "InfoNCA"])
+def test_wrong_params_are_named(name):
+    with pytest.raises(ValueError, match=r"loss\.params = \{'betta': 1\}"):
+        make_reward_loss(RewardLossConfig(name=name, params={"betta": 1}), [])

@@ -1,0 +1,102 @@
+"""The CUDA path: its sources compile for each architecture; on a GPU it answers as the CPU; elsewhere it says why it cannot.
+
+The kernels' logic is also tested without a GPU, by tests/csrc/test_kernels.cpp.
+"""
+
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ampo_fast import _C, k_center, k_medoids, pairwise_distances, select_responses, selection
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+NVCC = shutil.which("nvcc")
+needs_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _C.has_cuda), reason="needs a GPU and an extension built with AMPO_CUDA"
+)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", ["pairwise_cuda.cu", "kcenter_cuda.cu", "select_cuda.cu"])
+def test_sources_compile_without_spills(source, arch, tmp_path):
+    command = [NVCC, "-std=c++17", "-fmad=false", "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(CSRC / source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    if "not defined for option" in done.stderr:
+        pytest.skip(f"this nvcc does not know {arch}")
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
+    assert spills
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+
+
+def test_cuda_by_name_on_a_cpu_says_what_would_make_it_run():
+    points, rewards = torch.eye(4), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    match = "CPU" if _C.has_cuda else "AMPO_CUDA=ON"
+    for call in (
+        lambda: select_responses(points, rewards, 1, strategy="opt_select", impl="cuda"),
+        lambda: pairwise_distances(points, impl="cuda"),
+        lambda: k_center(points, 2, impl="cuda"),
+        lambda: k_medoids(torch.cdist(points, points), 2, impl="cuda"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+class OnCuda:
+    """What resolve_impl looks at in a CUDA tensor."""
+
+    is_cuda = True
+
+
+def test_auto_takes_cuda_where_it_can_and_says_once_where_it_cannot(monkeypatch, caplog):
+    class Built:
+        has_cuda = True
+        vector_path = staticmethod(lambda: "plain")
+
+    monkeypatch.setattr(selection, "_C", Built)
+    selection._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert selection.resolve_impl("auto", OnCuda()) == "cuda"
+        assert selection.resolve_impl("auto", OnCuda(), "too large") == "cpp"
+        assert selection.resolve_impl("auto", OnCuda(), "too large") == "cpp"
+    assert [record.getMessage() for record in caplog.records].count(
+        "CUDA points are copied to the host for selection: too large"
+    ) == 1
+    with pytest.raises(ValueError, match="too large"):
+        selection.resolve_impl("cuda", OnCuda(), "too large")
+    Built.has_cuda = False
+    assert selection.resolve_impl("auto", OnCuda()) == "cpp"
+    selection._log_once.cache_clear()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["bottom_k", "k_center", "opt_select", "random"])
+def test_cuda_chooses_as_the_cpu_from_exact_distances(strategy, dtype):
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 0, 1, 3, 35, 67, 84])
+    points = torch.randint(-2, 3, (84, 40), generator=g).to(dtype)
+    rewards = torch.randint(0, 5, (84,), generator=g) / 4
+    arguments = {"k": 5, "strategy": strategy, "group_offsets": offsets}
+    cpu = select_responses(points, rewards, **arguments)
+    cuda = select_responses(points.cuda(), rewards.cuda(), **arguments, impl="cuda")
+    for ours, theirs in zip(cuda, cpu, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_distances_and_pools_are_those_of_the_cpu(dtype):
+    g = torch.Generator().manual_seed(0)
+    points = torch.randint(-3, 4, (700, 33), generator=g).to(dtype)
+    for metric in ("euclidean", "sqeuclidean", "cosine"):
+        cuda = pairwise_distances(points.cuda(), metric=metric, impl="cuda")
+        torch.testing.assert_close(cuda.cpu(), pairwise_distances(points, metric=metric), rtol=0, atol=1e-6)
+    for seeds in (None, [699, 5]):
+        cuda = k_center(points.cuda(), 60, seeds=seeds, impl="cuda")
+        assert torch.equal(cuda.cpu(), k_center(points, 60, seeds=seeds))

@@ -1,0 +1,146 @@
+"""The real vLLM on a CPU: trained with, synced, killed. tests/vllm_env.sh makes an environment where none is skipped."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tomli_w
+from builders import config
+from conftest import make_tiny_model
+
+from ampo_fast.engines import make_engine
+from ampo_fast.metrics import read_metrics
+from ampo_fast.rollouts import stream_seed
+from ampo_fast.types import Sampling
+from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
+
+HERE = Path(__file__).parent
+SMOLLM = "package:smollm2-135m-instruct"
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vllm is not installed; tests/vllm_env.sh makes an environment that has it"
+)
+
+
+def run(*argv):
+    env = os.environ | {"PYTHONPATH": str(HERE), "VLLM_CPU_KVCACHE_SPACE": "2"}
+    done = subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def case(name, model, dtype="float32"):
+    return run(str(HERE / "vllm_cases.py"), name, str(model), dtype)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def served_model(request, tmp_path_factory):
+    """A tiny model with attention heads of a size that vLLM's CPU kernels have."""
+    folder = tmp_path_factory.mktemp("served")
+    return make_tiny_model(folder, hidden_size=128, intermediate_size=128, tie_word_embeddings=request.param)
+
+
+@needs_vllm
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path):
+    rows = [
+        {"id": f"t{i}", "prompt": f"Say one thing about {w}."} for i, w in enumerate(["tea", "sun", "rain", "wolf"])
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "run": {"name": "r", "dir": str(tmp_path), "steps": 3, "trackers": []},
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "model": {"path": SMOLLM},
+        "rollout": {
+            "engine": engine, "n": 4, "max_new_tokens": 24, "truncated": "keep",
+            "options": {"enforce_eager": True, "max_model_len": 512},
+        },
+        "reward": {"kind": "toy_rewards:vowels"},
+        "embed": {"model": "policy"},
+        "select": {"k": 3},
+        "optim": {"prompts_per_step": 2, "lr": 1e-4, "warmup_ratio": 0.0},
+    }  # fmt: skip
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(values))
+    summary = run("-m", "ampo_fast.cli", "train", str(path))
+    assert summary["steps"] == 3
+    steps = [row for row in read_metrics(tmp_path / "r" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["sync/logp_difference"] <= 0.001
+        assert row["sync/logp_change"] > 10 * row["sync/logp_difference"]
+        assert row["sampling/sampling_logp_difference/mean"] <= 0.001
+
+
+@needs_vllm
+def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
+    result = case("sync", served_model)
+    assert max(result["gaps"]) <= 0.001
+    assert max(result["canary"]) <= 0.001
+    assert min(result["changes"]) > 0.01
+    assert result["versions"] == [2]
+    assert result["again"]
+    assert "trainer mean" in result["without_head"]
+
+
+@needs_vllm
+def test_bfloat16_stays_within_its_tolerance():
+    result = case("sync", SMOLLM, "bfloat16")
+    assert max(result["gaps"]) <= 0.05
+    assert max(result["canary"]) <= 0.05
+
+
+@needs_vllm
+def test_kill_9_of_a_real_server_during_generation_loses_nothing(served_model):
+    result = case("kill", served_model)
+    assert result["restarted"]
+    assert result["sizes"] == [8, 8, 8]
+    assert result["gap"] <= 0.001
+    assert result["versions"] == [1]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_without_vllm_the_error_says_how_to_get_it(engine, tiny_policy):
+    with pytest.raises(ValueError, match=r"pip install ampo_fast\[vllm\]"):
+        make_engine(config(rollout={"engine": engine}), tiny_policy)
+
+
+def test_a_request_states_everything_that_shapes_the_distribution(tiny_policy):
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=9, seed=3, step=4)
+    fields = request_fields(tiny_policy, "p", 6, sampling)
+    assert fields["seed"] == stream_seed(3, 4, "p") >> 1
+    assert fields["seed"] + 1_000_000 < 2**63  # vLLM adds the candidate's index
+    assert (fields["n"], fields["temperature"], fields["top_p"], fields["top_k"]) == (6, 0.7, 0.9, 5)
+    assert fields["stop_token_ids"] == list(tiny_policy.stop_ids)
+    assert request_fields(tiny_policy, "q", 6, sampling)["seed"] != fields["seed"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logp", "reason", "match"),
+    [
+        ([20, 21], [-1.0, -1.0], "abort", "broken off"),
+        ([20, 21], [-1.0], "length", "2 tokens with 1"),
+        ([], [], "length", "0 tokens"),
+        ([20, 10**6], [-1.0, -1.0], "length", "vocabulary"),
+        ([20, 21], [-1.0, float("nan")], "length", "log-probs"),
+        ([20, 21], [-1.0, 2.0], "length", "log-probs"),
+        ([20, 21], [-1.0, -1.0], "stop", "end-of-turn"),
+        ([1, 21], [-1.0, -1.0], "length", "end-of-turn"),
+    ],
+)
+def test_answers_that_contradict_themselves_are_refused(tiny_policy, tokens, logp, reason, match):
+    with pytest.raises(BadAnswer, match=match):
+        read_candidate(tiny_policy, tokens, logp, reason, 0)
+
+
+def test_a_whole_answer_is_read(tiny_policy):
+    stop = tiny_policy.stop_ids[0]
+    candidate = read_candidate(tiny_policy, [20, 21, stop], [-1.0, -0.1234567, 0.0], "stop", 7)
+    assert candidate.token_ids == (20, 21, stop)
+    assert candidate.logp == (-1.0, -0.123457, 0.0)
+    assert candidate.content == tiny_policy.decode([20, 21])
+    assert (candidate.finish_reason, candidate.version) == ("stop", 7)

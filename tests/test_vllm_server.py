@@ -1,0 +1,278 @@
+"""The vllm-server engine against real server processes that are killed, hang, lie and refuse; no vllm is needed here."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from builders import prompt
+
+from ampo_fast import vllm_process
+from ampo_fast.canary import SyncError
+from ampo_fast.config import ModelConfig
+from ampo_fast.engine_config import VllmConfig, read_options
+from ampo_fast.evaluation import response_logp
+from ampo_fast.http_client import HttpError
+from ampo_fast.model import Policy
+from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.types import Sampling
+from ampo_fast.vllm_server import VllmServerEngine
+from ampo_fast.weight_sync import push_weights
+
+HERE = Path(__file__).parent
+PROMPTS = [prompt(i, f"say {word}") for i, word in enumerate(["tea", "sun", "rain", "wind", "stone", "moss"])]
+SAMPLING = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture
+def policy(tiny_model):
+    return Policy.load(ModelConfig(path=str(tiny_model)))
+
+
+@pytest.fixture
+def make(policy, tiny_model, tmp_path, monkeypatch):
+    """Engines on fake servers; everything they start is ended."""
+    monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
+    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: fake_command(tiny_model, port))
+    engines = []
+
+    def build(**options):
+        settings = {"request_timeout_s": 20, "sync_timeout_s": 20, "start_timeout_s": 120} | options
+        engines.append(VllmServerEngine(policy, VllmConfig(**settings), "float32"))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+def fake_command(model, port):
+    return [sys.executable, str(HERE / "fake_vllm.py"), "--model", str(model), "--port", str(port)]
+
+
+def nudge(policy, scale=0.01):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def answered(tmp_path):
+    return (tmp_path / "answered.log").read_text().splitlines()
+
+
+def assert_whole(groups, policy, version=0):
+    assert [g.prompt for g in groups] == PROMPTS
+    assert {len(g.candidates) for g in groups} == {3}
+    assert {c.version for g in groups for c in g.candidates} == {version}
+    engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
+    torch.testing.assert_close(response_logp(policy, groups, 1000), engine, atol=5e-4, rtol=0)
+
+
+def test_groups_are_the_policys_and_follow_every_sync(make, policy, tmp_path):
+    engine = make()
+    first = engine.generate(PROMPTS, 3, SAMPLING)
+    assert_whole(first, policy)
+    assert engine.generate(PROMPTS, 3, SAMPLING) == first
+    for version in (1, 2):
+        nudge(policy)
+        push_weights(policy, engine, version)
+        assert engine.sync_metrics["sync/logp_difference"] < 1e-3
+        assert engine.sync_metrics["sync/logp_change"] > 1e-2
+        assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, version)
+    assert len(list(engine._sync_dir.iterdir())) == 1  # only the newest weights are kept
+
+
+def test_stale_weights_stop_the_run_with_both_values(make, policy, tmp_path):
+    engine = make()
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / "fault.stale").touch()
+    nudge(policy)
+    with pytest.raises(SyncError, match=r"differ by .*engine mean -\d.*trainer mean -\d"):
+        push_weights(policy, engine, 1)
+    assert engine.version == 0
+
+
+def test_stale_weights_are_seen_even_where_they_are_within_the_tolerance(make, policy, tmp_path):
+    engine = make(canary_tol=0.5)
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / "fault.stale").touch()
+    nudge(policy, 0.02)
+    with pytest.raises(SyncError, match="did not arrive"):
+        push_weights(policy, engine, 1)
+
+
+def test_another_model_than_the_trainers_is_refused_at_the_start(make, policy):
+    nudge(policy, 0.1)
+    with pytest.raises(SyncError, match="another model"):
+        make().generate(PROMPTS[:1], 3, SAMPLING)
+
+
+def test_a_cache_that_is_not_emptied_is_asked_again(make, policy, tmp_path):
+    engine = make()
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / "fault.keeps_cache").touch()
+    push_weights(policy, engine, 1)
+    assert list(tmp_path.glob("taken.keeps_cache.*"))
+
+
+@pytest.mark.parametrize("fault", ["die", "hang", "busy", "garbage"])
+def test_a_fault_during_generation_costs_no_group(make, policy, tmp_path, fault):
+    engine = make(request_timeout_s=8 if fault == "hang" else 20)
+    nudge(policy)
+    push_weights(policy, engine, 3)
+    before = len(answered(tmp_path))
+    (tmp_path / f"fault.{fault}").touch()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 3)
+    assert list(tmp_path.glob(f"taken.{fault}.*"))
+    if fault in ("busy", "hang"):  # what was answered is not asked for again
+        assert len(answered(tmp_path)) == before + len(PROMPTS)
+    assert engine.replicas[0].generation == (1 if fault == "die" else 0)
+
+
+@pytest.mark.parametrize("fault", ["die_in_sync", "stall_in_sync"])
+def test_a_fault_during_the_sync_ends_in_the_new_version(make, policy, tmp_path, fault):
+    engine = make(sync_timeout_s=5)
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / f"fault.{fault}").touch()
+    nudge(policy)
+    push_weights(policy, engine, 1)
+    assert engine.replicas[0].generation == 1
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+
+
+def test_with_two_replicas_and_one_lost_the_other_answers(make, policy, tmp_path):
+    engine = make(replicas=2, restarts=0)
+    engine.generate(PROMPTS, 3, SAMPLING)
+    assert len({line.split()[0] for line in answered(tmp_path)}) == 2
+    (tmp_path / "fault.die").touch()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
+    assert [replica.is_lost for replica in engine.replicas].count(True) == 1
+    nudge(policy)
+    push_weights(policy, engine, 1)
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+
+
+def test_when_no_server_is_left_the_error_has_its_last_words_and_the_finished_groups(make, tmp_path):
+    engine = make(restarts=0)
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / "fault.die").touch()
+    with pytest.raises(IncompleteBatch, match="last words of a dying server") as caught:
+        engine.generate(PROMPTS, 3, SAMPLING)
+    assert engine.replicas[0].process._key not in str(caught.value)
+    assert len(caught.value.finished) < len(PROMPTS)
+
+
+def test_a_server_that_cannot_start_says_why(make, monkeypatch):
+    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", "exit('no GPU')"])
+    with pytest.raises(vllm_process.ServerDied, match="no GPU"):
+        make().generate(PROMPTS, 3, SAMPLING)
+
+
+def test_a_port_that_is_taken_in_between_is_left_for_another(make, policy, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = [taken.getsockname()[1], free_port()]
+        monkeypatch.setattr(vllm_process, "_free_port", lambda host: ports.pop(0))
+        engine = make()
+        assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
+    assert not ports
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_running_servers_get_our_weights_first_and_are_left_running(make, policy, monkeypatch):
+    owner = make()
+    client = owner.replicas[0].process.start()
+    monkeypatch.setenv("MY_VLLM_KEY", owner.replicas[0].process._key)
+    nudge(policy)
+    engine = make(base_urls=(client.base_url,), key_env="MY_VLLM_KEY")
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
+    engine.close()
+    client.get("/health")
+    monkeypatch.setenv("MY_VLLM_KEY", "wrong")
+    with pytest.raises(HttpError, match="401"):
+        make(base_urls=(client.base_url,), key_env="MY_VLLM_KEY").generate(PROMPTS, 3, SAMPLING)
+
+
+def test_a_started_server_wants_its_key_and_hears_this_machine_alone(make):
+    engine = make()
+    engine.generate(PROMPTS[:1], 2, SAMPLING)
+    url = engine.replicas[0].client.base_url
+    request = urllib.request.Request(f"{url}/v1/completions", data=b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+    with socket.socket() as other:
+        other.settimeout(5)
+        assert other.connect_ex((other_address(), int(url.rpartition(":")[2]))) != 0
+
+
+def other_address():
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no other network interface")
+        return probe.getsockname()[0]
+
+
+def test_servers_die_with_a_trainer_that_is_killed():
+    code = (
+        "import subprocess, sys, time\n"
+        "p = subprocess.Popen([sys.executable, '-m', 'ampo_fast.lifeline', sys.executable, '-c',"
+        " 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'], stdin=subprocess.PIPE,"
+        " stdout=subprocess.PIPE, start_new_session=True)\n"
+        "print(p.stdout.readline().decode(), flush=True)\n"
+        "time.sleep(600)"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = int(trainer.stdout.readline())
+    os.kill(server, 0)
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and is_running(server):
+        time.sleep(0.05)
+    assert not is_running(server)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "options", [{"host": "0.0.0.0"}, {"base_urls": ["http://10.0.0.7:8000"]}, {"base_urls": ["https://gpu.example"]}]
+)
+def test_open_sync_endpoints_are_refused_unless_declared(options):
+    with pytest.raises(ValueError, match=r"no key.*behind_proxy = true"):
+        read_options(VllmConfig, options, "rollout.options")
+    assert read_options(VllmConfig, options | {"behind_proxy": True}, "rollout.options").behind_proxy
+
+
+def test_loopback_servers_need_no_declaration():
+    read_options(VllmConfig, {"base_urls": ["http://127.0.0.1:8000", "http://localhost:1", "http://[::1]:2"]}, "x")
+
+
+def test_insecure_serialisation_is_never_passed_on(make, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    engine = make()
+    engine.generate(PROMPTS[:1], 2, SAMPLING)
+    environment = Path(f"/proc/{engine.replicas[0].process.group}/environ").read_bytes()
+    assert b"INSECURE" not in environment
+    command = Path(f"/proc/{engine.replicas[0].process.group}/cmdline").read_bytes()
+    assert engine.replicas[0].process._key.encode() not in command  # anybody may read a command line

@@ -1,0 +1,103 @@
+"""What tests/test_vllm_engine.py runs in processes of their own (vLLM binds threads and keeps global state).
+
+python vllm_cases.py sync|kill MODEL DTYPE -> a JSON object on the last line.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+
+from ampo_fast.canary import SyncError
+from ampo_fast.config import build_config
+from ampo_fast.engines import make_engine
+from ampo_fast.evaluation import response_logp
+from ampo_fast.model import Policy
+from ampo_fast.types import Prompt, Sampling
+from ampo_fast.weight_sync import named_weights, push_weights
+
+PROMPTS = [
+    Prompt(id=str(i), messages=({"role": "user", "content": text},))
+    for i, text in enumerate(["Why is the sky blue?", "Name three fruits.", "Write a line about rain."])
+]
+
+
+def setup(engine, model, dtype):
+    options = {"enforce_eager": True, "max_model_len": 512}
+    config = build_config(
+        {
+            "data": {"train": "x"},
+            "model": {"path": model, "dtype": dtype},
+            "rollout": {"engine": engine, "options": options},
+        }
+    )
+    policy = Policy.load(config.model)
+    return policy, make_engine(config, policy)
+
+
+def nudge(policy, scale):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(scale * parameter.std() * torch.randn_like(parameter))
+
+
+def gap(policy, groups):
+    engine = torch.tensor([value for g in groups for c in g.candidates for value in c.logp])
+    return (response_logp(policy, groups, 4096) - engine).abs().mean().item()
+
+
+def sync(model, dtype):
+    """Two syncs, then one without the head: what a tied model's checkpoint looks like."""
+    policy, engine = setup("vllm", model, dtype)
+    sampling = Sampling(max_new_tokens=24)
+    result = {"gaps": [gap(policy, engine.generate(PROMPTS, 4, sampling))], "canary": [], "changes": []}
+    for version in (1, 2):
+        nudge(policy, 0.02)
+        push_weights(policy, engine, version)
+        groups = engine.generate(PROMPTS, 4, sampling)
+        result["gaps"].append(gap(policy, groups))
+        result["canary"].append(engine.sync_metrics["sync/logp_difference"])
+        result["changes"].append(engine.sync_metrics["sync/logp_change"])
+        result["versions"] = sorted({c.version for g in groups for c in g.candidates})
+    result["again"] = engine.generate(PROMPTS, 4, sampling) == groups
+    nudge(policy, 0.1)
+    try:
+        engine.load_weights(3, [(name, t) for name, t in named_weights(policy) if "lm_head" not in name])
+        result["without_head"] = "accepted"
+    except SyncError as error:
+        result["without_head"] = str(error)
+    engine.close()
+    return result
+
+
+def kill(model, dtype):
+    """kill -9 of a real server while it generates."""
+    policy, engine = setup("vllm-server", model, dtype)
+    push_weights(policy, engine, 1)
+    first = engine.replicas[0].process.group
+    started = threading.Event()
+
+    def killer():
+        started.wait()
+        time.sleep(1.0)
+        os.killpg(first, signal.SIGKILL)
+
+    threading.Thread(target=killer, daemon=True).start()
+    started.set()
+    groups = engine.generate(PROMPTS, 8, Sampling(max_new_tokens=200))
+    result = {
+        "restarted": engine.replicas[0].process.group != first,
+        "sizes": [len(g.candidates) for g in groups],
+        "gap": gap(policy, groups),
+        "versions": sorted({c.version for g in groups for c in g.candidates}),
+    }
+    engine.close()
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps({"sync": sync, "kill": kill}[sys.argv[1]](*sys.argv[2:])))
