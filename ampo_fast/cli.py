@@ -237,6 +237,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     summary = train(config, resume=options.resume == "auto")
     if _is_main_rank():  # under torchrun every rank has the summary
         print(json.dumps(summary), flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is on disk. Python's shutdown would unwind gloo's threads, and on a busy machine it has ended a
+        # finished rank with "terminate called without an active exception": torchrun then calls the run a failure.
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
