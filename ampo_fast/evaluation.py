@@ -86,8 +86,10 @@ def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: 
 
 
 def _reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """eval/reward is over the answers that have one; eval/unscored says how many have none, or a collapse could hide there."""
     means = [statistics.fmean(kept) for group in scored if (kept := [r for r in group.reward_raw if math.isfinite(r)])]
-    return {"eval/reward": statistics.fmean(means) if means else math.nan}
+    unscored = statistics.fmean(not math.isfinite(reward) for group in scored for reward in group.reward_raw)
+    return {"eval/reward": statistics.fmean(means) if means else math.nan, "eval/unscored": unscored}
 
 
 def _text_metrics(groups: Sequence[CandidateGroup]) -> dict[str, float]:

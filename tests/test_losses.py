@@ -158,7 +158,7 @@ def test_budgeted_eos_penalty_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("score", "weight", "split"), itertools.product(["avg", "sum"], ["signed", "abs"], ["best", "mean"])
+    ("score", "weight", "split"), list(itertools.product(["avg", "sum"], ["signed", "abs"], ["best", "mean"]))
 )
 def test_it_is_the_reference_group_by_group(score, weight, split):
     generator = torch.Generator().manual_seed(5)
