@@ -235,8 +235,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from ampo_fast.trainer import train
 
     summary = train(config, resume=options.resume == "auto")
-    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank has the summary
+    if _is_main_rank():  # under torchrun every rank has the summary
         print(json.dumps(summary), flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is on disk. Python's shutdown would unwind gloo's threads, and on a busy machine it has ended a
+        # finished rank with "terminate called without an active exception": torchrun then calls the run a failure.
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
@@ -307,9 +312,15 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _is_main_rank() -> bool:
+    """Whether this is torchrun's first process, or the only one; torch is not imported to ask."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _quiet_libraries() -> None:
     """Our warnings on stderr, the libraries' progress bars off: ours shows the work. Call before importing them."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    level = logging.WARNING if _is_main_rank() else logging.ERROR  # every rank would say the same
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -47,9 +47,8 @@ class RoundMaker:
         prompts = self.sampler.round(index)
         path = self.rollout_dir / f"step_{first_step + 1:06d}.jsonl"
         self._spreads_before_newest = list(self.tolerance.spreads)
-        if distributed.on_main(
-            path.exists
-        ):  # left by the run that is being resumed, equal to what would be sampled again
+        # Left by the run that is being resumed, and equal to what would be sampled again.
+        if distributed.on_main(path.exists):
             selected = self._select(lambda: self._reload(path, prompts), path, progress)
         elif step != first_step:
             raise ValueError(f"{path} is missing and cannot be sampled again: the policy has moved on since")
@@ -61,7 +60,7 @@ class RoundMaker:
             with progress.phase("gather"):
                 parts = distributed.gather(scored)
             selected = self._select(lambda: _in_order(parts, prompts), path, progress)
-            own.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)  # still there where the ranks share no disk
         self._newest = index, selected
         return selected
 
@@ -75,6 +74,8 @@ class RoundMaker:
             self.reward_tol = self.tolerance.update(groups)
             self._written = select_groups(groups, self.config, self.reward_tol)
             write_rows_atomic(path, self._written)
+            for leftover in path.parent.glob(f"{path.stem}.partial*.jsonl"):  # also of ranks that there are no more
+                leftover.unlink()
             return self.reward_tol, [without_unselected(group) for group in self._written]
 
         with progress.phase("select"):
