@@ -32,7 +32,7 @@ from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import micro_batches, pack
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
-from ampo_fast.reward_data import fitted_params
+from ampo_fast.reward_data import fitted_params, settle_disagreements
 from ampo_fast.rewards import make_reward, score_group, score_groups
 from ampo_fast.rollouts import TransformersEngine, generation_batches, make_engine
 from ampo_fast.run_dir import open_run_dir
@@ -309,7 +309,7 @@ class Trainer:
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
         needs_responses = field == "data.train" and self.config.rollout.engine == "data"
-        prompts = load_prompts(source, needs_responses=needs_responses)
+        prompts = settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
         prompts = admit_prompts(prompts, self.policy, self.config, field)
         if not prompts:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")
