@@ -255,7 +255,7 @@ def _write(options: argparse.Namespace, op: str, variant: str, values: dict) -> 
     is_new = not options.results.exists()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
