@@ -82,9 +82,10 @@ class RewardModel(nn.Module):
             settings = AutoConfig.from_pretrained(source, **options)
             _check_outputs(settings, config.path, field)
             settings.num_labels = 1
-            text = RewardText(tokenizer, max_tokens or _known_limit(tokenizer, settings))
+            text = RewardText(tokenizer, _limit(max_tokens, tokenizer, settings))
             settings.get_text_config().pad_token_id = text.pad_id
-            torch.manual_seed(seed or 0)
+            if seed is not None:
+                torch.manual_seed(seed)  # of the new head
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, config=settings, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -268,11 +269,14 @@ def _shared_length(ids: Sequence[Sequence[int]]) -> int:
     return next((t for t in range(shortest) if any(row[t] != ids[0][t] for row in ids)), shortest)
 
 
-def _known_limit(tokenizer: Any, settings: Any) -> int:
-    """What an exported reward model says of its longest input, else its positions."""
-    limit = tokenizer.model_max_length
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", 512)
-    return min(limit, positions)
+def _limit(wanted: int | None, tokenizer: Any, settings: Any) -> int:
+    """data.max_tokens, else what an exported reward model says of its longest input, else its positions."""
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if wanted is None:
+        return min(tokenizer.model_max_length, positions or 512)
+    if positions is not None and wanted > positions:
+        raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
+    return wanted
 
 
 def _check_outputs(settings: Any, path: str, field: str) -> None:

@@ -25,6 +25,7 @@ from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
+from ampo_fast.reward_data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
@@ -245,7 +246,7 @@ class Trainer:
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
         needs_responses = field == "data.train" and self.config.rollout.engine == "data"
-        prompts = load_prompts(source, needs_responses=needs_responses)
+        prompts = settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
         prompts = admit_prompts(prompts, self.policy, self.config, field)
         if not prompts:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")

@@ -33,7 +33,7 @@ from ampo_fast.reward_training import RewardTrainer
 
 RESULTS = Path(__file__).parent / "results" / "reward_model.csv"
 COLUMNS = ("op", "variant", "seed", "backbone", "trained_blocks", "max_tokens", "epochs", "num_pairs", "accuracy",
-           "accuracy_se_by_prompt", "accuracy_longer_wins", "brier", "ece", "log_loss", "best_step", "seconds",
+           "accuracy_se_by_prompt", "accuracy_longer_wins", "brier", "ece", "log_loss", "step", "seconds",
            "pairs_per_s", "padding_factor", "threads", "device", "versions", "commit", "date", "note")  # fmt: skip
 LOSSES = {
     "bt": {"name": "BradleyTerry"},
@@ -109,7 +109,7 @@ def accuracy(options: argparse.Namespace, work: Path) -> dict:
             scores = [score.tolist() for score in trainer.model.score_groups(encoded, 16384)]
             result = evaluate_scores(test, scores)
             found[variant].append(result)
-            _write(options, "accuracy", variant, result | {"best_step": summary["best_step"], "seed": seed,
+            _write(options, "accuracy", variant, result | {"step": summary["best_step"], "seed": seed,
                    "seconds": summary["wall_s"], "padding_factor": summary["padding_factor"]})  # fmt: skip
             _write_curve(options, work / f"{variant}{seed}", variant, seed)
             keys = ("accuracy", "accuracy_longer_wins", "brier", "ece", "log_loss")
@@ -150,7 +150,7 @@ def _write_curve(options: argparse.Namespace, run_dir: Path, variant: str, seed:
     for row in read_metrics(run_dir / "metrics.jsonl"):
         if "eval/accuracy" in row:
             held = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
-            _write(options, "curve", variant, held | {"seed": seed, "best_step": row["step"]})
+            _write(options, "curve", variant, held | {"seed": seed, "step": row["step"]})
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def _write(options: argparse.Namespace, op: str, variant: str, values: dict) -> 
     is_new = not options.results.exists()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 from builders import prompt
@@ -109,3 +111,12 @@ def test_prompts_are_held_out_whole_whatever_the_order():
 def test_labels_count_only_where_every_pair_has_one():
     assert margins_and_labels([group([0.9, 0.2], [True, False])]) == ([pytest.approx(0.7)], [1.0])
     assert margins_and_labels([group([0.9, 0.2], [True, False]), group([1.0, 0.0])])[1] == []
+
+
+@pytest.mark.skipif("AMPO_FAST_DATA" not in os.environ, reason="needs the directory that AMPO_FAST_DATA names")
+def test_real_pairs_are_read_and_the_longer_answer_mostly_wins():
+    groups = load_groups(RewardDataConfig(train=str(Path(os.environ["AMPO_FAST_DATA"]) / "pairs_dev.jsonl.gz")))
+    assert len(groups) == 2507
+    longer = [len(g.responses[0].content) > len(g.responses[1].content) for g in groups]
+    assert 0.74 < sum(longer) / len(longer) < 0.78
+    assert len(by_prompt(groups)) == 407

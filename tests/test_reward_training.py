@@ -199,3 +199,22 @@ def test_infonca_on_scores_by_hand():
 def test_wrong_params_are_named(name):
     with pytest.raises(ValueError, match=r"loss\.params = \{'betta': 1\}"):
         make_reward_loss(RewardLossConfig(name=name, params={"betta": 1}), [])
+
+
+def test_the_trained_model_is_the_reward_of_a_policy(tiny_model, tmp_path):
+    from test_trainer import write_run
+
+    from ampo_fast.config import load_config
+    from ampo_fast.reward_config import RewardModelConfig
+    from ampo_fast.reward_model import RewardModel
+    from ampo_fast.trainer import train
+
+    summary = train_reward(settings(tmp_path, tiny_model, run={"epochs": 1}))
+    kind = f"classifier:{summary['model']}"
+    path = write_run(tmp_path, tiny_model, run={"steps": 2}, reward={"kind": kind}, eval={"every": 0})
+    assert train(load_config(str(path)))["steps"] == 2
+    row = json.loads((tmp_path / "runs/r/rollouts/step_000001.jsonl").read_text().splitlines()[0])
+    given = tuple(GivenResponse(content=response["content"]) for response in row["responses"])
+    model = RewardModel.load(RewardModelConfig(path=summary["model"]))
+    scores = model([model.encode(Prompt(id="p", messages=tuple(row["prompt"]), responses=given))]).tolist()
+    assert [response["reward_raw"] for response in row["responses"]] == pytest.approx(scores, abs=1e-4)

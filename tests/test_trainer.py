@@ -262,3 +262,15 @@ def test_a_gamma_that_cannot_be_fitted_is_named(tiny_model, tmp_path):
         train(load_config(str(path)))
     with pytest.raises(ValueError, match=r"raw rewards.*minmax"):
         train(load_config(str(path), ["--reward.normalize", "minmax"]))
+
+
+def test_labels_against_scores_are_counted_and_the_scores_trusted(tiny_model, tmp_path, caplog):
+    rows = pair_rows((0.5, 0.1, -0.02, 0.9))
+    path = write_pairs(tmp_path, tiny_model, rows, loss={"name": "DPO"}, optim={"prompts_per_step": 4})
+    with caplog.at_level("WARNING"):
+        train(load_config(str(path), ["--run.steps", "1"]))
+    assert "disagree in 1 of 4 pairs" in caplog.text
+    row = next(
+        json.loads(line) for line in (tmp_path / "runs/r/rollouts/step_000001.jsonl").open() if '"id": "2"' in line
+    )
+    assert [r["selected"] for r in row["responses"]] == ["negative", "positive"]
