@@ -232,12 +232,13 @@ class Selector : Group {
 template <typename T>
 void all_groups(const SelectInput& input, const SelectOptions& options, const SelectOutput& output) {
 #ifdef _OPENMP
-  const int num_threads = omp_get_max_threads();
+  // One group starts no team: waiting for a second thread can take longer than the group.
+  const int num_threads = int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), input.num_groups)));
 #else
   const int num_threads = 1;
 #endif
   Deadline deadline(options.time_limit_s, input.num_groups, num_threads);
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Selector<T> selector(input, options, deadline);
 #pragma omp for schedule(dynamic, 1)
