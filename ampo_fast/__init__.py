@@ -18,9 +18,9 @@ _HOME = {
     "validate": "validation",
     "Selection": "selection",
     "select_responses": "selection",
-    "pairwise_distances": "selection",
-    "k_center": "selection",
-    "k_medoids": "selection",
+    "pairwise_distances": "distances",
+    "k_center": "distances",
+    "k_medoids": "distances",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -70,6 +70,7 @@ def _one_line(error: Exception) -> str:
 
 def _config_help() -> str:
     recipes = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+    recipes = [name for name in recipes if not name.startswith("reward")]  # those are train-reward's
     return f"a TOML file, or a recipe that ships: {', '.join(recipes)}"
 
 

@@ -1,4 +1,4 @@
-"""Which responses to train on: 1 positive and k informative negatives of each group, and the distances underneath.
+"""Which responses to train on: 1 positive and k informative negatives of each group, from their embeddings and rewards.
 
 Shapes: n stacked candidates, N candidates of a group, B groups, P positives, E embedding.
 """
@@ -6,30 +6,18 @@ Shapes: n stacked candidates, N candidates of a group, B groups, P positives, E 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ampo_fast import selection_reference as reference
-from ampo_fast.validation import check_finite, check_offsets, checks_values
-
-try:
-    from ampo_fast import _C
-except ImportError:  # a checkout that was never built: the torch path still answers, and resolve_impl says so
-    _C = None
-
-log = logging.getLogger(__name__)
+from ampo_fast.compiled import _C, IMPLS, as_numpy, resolve_impl, why_not_dtype
+from ampo_fast.validation import check_choice, check_finite, check_offsets, checks_values
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
 _MAX_INDICES = 1 << 32
-_IMPLS = ("auto", "torch", "cpp", "cuda")
-_METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
 class Selection(NamedTuple):
@@ -81,9 +69,9 @@ def select_responses(
     Raises:
         ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid.
     """
-    _check_choice("impl", impl, _IMPLS)
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("coverage", coverage, ("candidates", "all"))
+    check_choice("impl", impl, IMPLS)
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("coverage", coverage, ("candidates", "all"))
     if k < 1 or positives < 1:
         raise ValueError(f"k = {k} and positives = {positives}; both must be at least 1")
     if strategy == "best_worst" and k != 1:
@@ -143,56 +131,13 @@ class _Problem:
     time_limit: float | None
 
 
-def resolve_impl(impl: str, points: torch.Tensor | None = None, why_not_cuda: str | None = None) -> str:
-    """ "cpp", "torch" or "cuda". auto: cuda for CUDA points where it is built and fits, else cpp where that is built, else torch.
-
-    CUDA points that cuda does not take are copied to the host. Each choice is logged once. Raises ValueError for an impl
-    asked for by name that cannot run, with what would make it run.
-    """
-    _check_choice("impl", impl, _IMPLS)
-    if impl == "cpp" and _C is None:
-        raise ValueError(
-            'impl = "cpp" needs the compiled extension: pip install the package (a C++ compiler is enough)'
-        )
-    is_cuda = points is not None and points.is_cuda
-    reason = _why_no_cuda_at_all(is_cuda) or why_not_cuda
-    if impl == "cuda" and reason:
-        raise ValueError(f'impl = "cuda" cannot run this: {reason}')
-    if impl == "auto" and is_cuda and not reason:
-        impl = "cuda"
-    elif impl == "auto":
-        impl = "torch" if _C is None else "cpp"
-        _log_once(impl, reason if is_cuda else None)
-    return impl
-
-
-def _why_no_cuda_at_all(is_cuda: bool) -> str | None:
-    if _C is None or not _C.has_cuda:
-        return "the extension was built without CUDA; install with -C cmake.define.AMPO_CUDA=ON where nvcc is"
-    return None if is_cuda else "the points are on the CPU; move them to a CUDA device"
-
-
 def _why_not_select_cuda(problem: _Problem) -> str | None:
     if problem.strategy in ("coreset", "opt_select_exact"):
         return f'strategy "{problem.strategy}" runs on the host'
     largest = int(problem.offsets.diff().max()) if len(problem.keys) else 0
     if _C is not None and (largest > _C.max_cuda_group or problem.k > _C.max_cuda_k):
         return f"a group of more than {_C.max_cuda_group} candidates, or k above {_C.max_cuda_k}, runs on the host"
-    return _why_not_dtype(problem.points)
-
-
-def _why_not_dtype(points: torch.Tensor) -> str | None:
-    return None if points.dtype in (torch.float32, torch.bfloat16) else f"{points.dtype} runs on the host"
-
-
-@functools.cache
-def _log_once(impl: str, why_not_cuda: str | None) -> None:
-    if why_not_cuda:
-        log.warning("CUDA points are copied to the host for selection: %s", why_not_cuda)
-    if impl == "torch":
-        log.warning("the compiled selector is not built; selection runs in torch, slower")
-    else:
-        log.info("selection runs compiled, vector unit: %s", _C.vector_path())
+    return why_not_dtype(problem.points)
 
 
 def _select_cuda(problem: _Problem) -> Selection:
@@ -238,20 +183,12 @@ def _common_arguments(problem: _Problem) -> tuple[object, ...]:
 def _select_cpp(problem: _Problem) -> Selection:
     limit = math.inf if problem.time_limit is None else problem.time_limit
     positive, negative, cost, lower_bound, proven = _C.select(
-        _as_numpy(problem.points), *_common_arguments(problem), limit
+        as_numpy(problem.points), *_common_arguments(problem), limit
     )
     as_tensor = torch.from_numpy
     return Selection(
         as_tensor(positive), as_tensor(negative), as_tensor(cost), as_tensor(lower_bound), as_tensor(proven).bool()
     )
-
-
-def _as_numpy(points: torch.Tensor) -> np.ndarray:
-    """float32 and float64 without a copy, bfloat16 as the uint16 of its bits, anything else as float32."""
-    points = points.contiguous()
-    if points.dtype == torch.bfloat16:
-        return points.view(torch.int16).numpy().view(np.uint16)
-    return (points if points.dtype in (torch.float32, torch.float64) else points.float()).numpy()
 
 
 def _select_torch(problem: _Problem) -> Selection:
@@ -329,131 +266,6 @@ def _sides(
     return chosen, eligible, counted
 
 
-def pairwise_distances(
-    points: torch.Tensor, *, metric: str = "euclidean", group_offsets: torch.Tensor | None = None, impl: str = "auto"
-) -> torch.Tensor:
-    """All distances between points [n, E] -> [n, n] float32 (float64 for float64), zeros on the diagonal.
-
-    metric: "euclidean", "sqeuclidean", or "cosine" (1 - cos; a row of zeros is at 1 from all others). With group_offsets
-    [B + 1]: one [N, N] block per group, flattened and concatenated. Raises ValueError for NaN, shapes that do not fit, an
-    unknown metric, more entries than memory holds.
-    """
-    _check_choice("metric", metric, _METRICS)
-    if points.ndim != 2:
-        raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
-    check_finite("points", points)
-    n = points.shape[0]
-    offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
-    impl = resolve_impl(impl, points, _why_not_dtype(points))
-    if impl == "cuda":
-        flat = _pairwise_cuda(points.detach().contiguous(), metric, offsets)
-        return flat.view(n, n) if group_offsets is None else flat
-    on_cpu = points.detach().cpu()
-    if impl == "cpp":
-        flat = torch.from_numpy(_C.pairwise(_as_numpy(on_cpu), offsets.numpy(), _METRICS.index(metric)))
-    else:
-        flat = torch.cat([reference.distances(p, metric).flatten() for p in on_cpu.split(offsets.diff().tolist())])
-    flat = flat.to(points.device)
-    return flat.view(n, n) if group_offsets is None else flat
-
-
-def _pairwise_cuda(points: torch.Tensor, metric: str, offsets: torch.Tensor) -> torch.Tensor:
-    """On the points' device and torch's current stream, without waiting for it. Not yet run on a GPU."""
-    flat = torch.empty(int(offsets.diff().square().sum()), dtype=torch.float32, device=points.device)
-    with torch.cuda.device(points.device):
-        _C.pairwise_cuda(
-            points.data_ptr(),
-            points.dtype == torch.bfloat16,
-            *points.shape,
-            offsets.numpy(),
-            _METRICS.index(metric),
-            flat.data_ptr(),
-            torch.cuda.current_stream(points.device).cuda_stream,
-        )
-    return flat
-
-
-def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None, impl: str = "auto") -> torch.Tensor:
-    """Greedy k-center (Gonzalez 1985) over points [n, E] -> int64 [k]: the seeds first, then in order of choice.
-
-    Without seeds it starts from point 0. Ties go to the lowest index. Streams over the points: no n x n matrix.
-    Raises ValueError for k outside 1 .. n, seeds out of range, repeated or more than k, and NaN.
-    """
-    if points.ndim != 2 or not 1 <= k <= points.shape[0]:
-        raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
-    n = points.shape[0]
-    first = [int(seed) for seed in seeds] if seeds is not None and len(seeds) else [0]
-    if not all(0 <= seed < n for seed in first) or len(set(first)) != len(first) or len(first) > k:
-        raise ValueError(f"seeds = {first} must be distinct indices below {n}, at most k = {k}")
-    check_finite("points", points)
-    impl = resolve_impl(impl, points, _why_not_dtype(points) or _why_not_pool(points.shape[1]))
-    if impl == "cuda":
-        return _k_center_cuda(points.detach().contiguous(), k, first)
-    on_cpu = points.detach().cpu()
-    if impl == "cpp":
-        return torch.from_numpy(_C.k_center(_as_numpy(on_cpu), k, first)).to(points.device)
-    rest = [i for i in range(n) if i not in set(first)]
-    return torch.tensor(first + reference.farthest_first(on_cpu, k - len(first), first, rest), device=points.device)
-
-
-def _k_center_cuda(points: torch.Tensor, k: int, first: list[int]) -> torch.Tensor:
-    """One launch a step on torch's current stream, without waiting for it. Not yet run on a GPU."""
-    chosen = torch.empty(k, dtype=torch.int64, device=points.device)
-    with torch.cuda.device(points.device):
-        _C.k_center_cuda(
-            points.data_ptr(),
-            points.dtype == torch.bfloat16,
-            *points.shape,
-            k,
-            first,
-            chosen.data_ptr(),
-            torch.cuda.current_stream(points.device).cuda_stream,
-        )
-    return chosen
-
-
-def _why_not_pool(dim: int) -> str | None:
-    if _C is not None and dim > _C.max_cuda_pool_dim:
-        return f"k_center of more than {_C.max_cuda_pool_dim} dimensions runs on the host"
-    return None
-
-
-def k_medoids(
-    distances: torch.Tensor,
-    k: int,
-    *,
-    weights: torch.Tensor | None = None,
-    fixed: Sequence[int] | None = None,
-    impl: str = "auto",
-) -> tuple[torch.Tensor, float]:
-    """Weighted k-medoids: k indices (the fixed ones included) with low sum_i w_i min_j d_ij -> (indices ascending, cost).
-
-    A greedy start, then single swaps to a local optimum (<= 5 x the optimum for a metric; Arya et al. 2004). Raises
-    ValueError for shapes that do not fit, k outside 1 .. n, fixed members out of range, negative entries or NaN.
-    """
-    impl = resolve_impl(impl, distances, "k_medoids of one problem runs on the host")
-    n = distances.shape[0]
-    kept = [int(i) for i in fixed or ()]
-    if distances.shape != (n, n) or not 1 <= k <= n:
-        raise ValueError(f"distances must be [n, n] and k in 1 .. n, got {tuple(distances.shape)} and k = {k}")
-    if len(set(kept)) != len(kept) or not all(0 <= i < n for i in kept) or len(kept) > k:
-        raise ValueError(f"fixed = {kept} must be distinct indices below {n}, at most k = {k}")
-    check_finite("distances", distances)
-    weight_N = torch.ones(n, dtype=torch.float64) if weights is None else weights.detach().cpu().double()
-    if weight_N.shape != (n,) or not bool((weight_N >= 0).all()) or not bool(weight_N.isfinite().all()):
-        raise ValueError(f"weights must be {n} finite numbers >= 0")
-    # Row j holds what it costs member j to serve every point.
-    weighted_NN = weight_N * distances.detach().cpu().double().T
-    if bool((weighted_NN < 0).any()):
-        raise ValueError("distances holds a negative entry; k-medoids needs distances >= 0")
-    if impl == "cpp":
-        chosen = _C.k_medoids(weighted_NN.numpy(), k, kept)
-    else:
-        rounded_NN, _ = reference.round_costs(weighted_NN, n * (k + 1))
-        chosen = reference.swap(rounded_NN, reference.greedy(rounded_NN, k, kept), len(kept))
-    return torch.tensor(sorted(chosen), device=distances.device), float(weighted_NN[chosen].amin(0).sum())
-
-
 def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
     if keys is None:
         return torch.arange(num_groups)
@@ -474,8 +286,3 @@ def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> N
     # A sum is finite only where all its terms are. It copies nothing; picking the valid rows first copies them all.
     if rows.numel() and checks_values(rows) and not bool(rows.sum().isfinite()):
         check_finite(name, rows[valid.to(rows.device)])
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}; use one of {', '.join(choices)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -38,6 +38,11 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
     if not allow_empty and bool((sizes == 0).any()):
         raise ValueError(f"{name}: segment {int((sizes == 0).nonzero()[0])} is empty; leave it out")
     return offsets
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}; use one of {', '.join(choices)}")
 
 
 def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:

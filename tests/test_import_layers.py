@@ -8,9 +8,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 LEVELS = [
     {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress",
      "evaluation_summary", "_C", "kernels", "dispatch", "templating", "urls", "engine_config"},
-    {"validation", "reference", "selection_reference"},
+    {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
-    {"losses", "head", "logprobs", "fused", "selection", "data_formats"},
+    {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "rounds", "reward_data", "reward_text", "frozen_blocks", "reward_model", "reward_evaluation",

@@ -58,7 +58,8 @@ def test_a_wheel_holds_everything_and_works_without_the_checkout(tmp_path):
     (wheel,) = tmp_path.glob("ampo_fast-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for wanted in ("ampo_fast/recipes/quickstart.toml", "ampo_fast/prompts/quickstart_train.jsonl",
-                   "ampo_fast/templates/report.html.j2", "ampo_fast/losses/stats.py", "ampo_fast/kernels/README.md"):  # fmt: skip
+                   "ampo_fast/templates/report.html.j2", "ampo_fast/losses/stats.py",
+                   "ampo_fast/kernels/row_pass.py"):  # fmt: skip
         assert wanted in names
     assert any(name.startswith("ampo_fast/_C.") for name in names)
     assert not any(name.startswith("kernels/") for name in names)
@@ -67,7 +68,7 @@ def test_a_wheel_holds_everything_and_works_without_the_checkout(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path = [f for f in sys.meta_path if 'Skbuild' not in "
         "type(f).__name__ and 'ScikitBuild' not in type(f).__name__]; import ampo_fast, torch; from ampo_fast import k_center;"
-        "from ampo_fast.selection import resolve_impl; print(ampo_fast.__file__, resolve_impl('cpp'))"
+        "from ampo_fast.compiled import resolve_impl; print(ampo_fast.__file__, resolve_impl('cpp'))"
     )
     where, impl = run_elsewhere(code, tmp_path).split()
     assert Path(where).is_relative_to(site)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ampo_fast import _C, k_center, k_medoids, pairwise_distances, select_responses, selection
+from ampo_fast import _C, k_center, k_medoids, pairwise_distances, select_responses
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NVCC = shutil.which("nvcc")
@@ -58,20 +58,20 @@ def test_auto_takes_cuda_where_it_can_and_says_once_where_it_cannot(monkeypatch,
         has_cuda = True
         vector_path = staticmethod(lambda: "plain")
 
-    monkeypatch.setattr(selection, "_C", Built)
-    selection._log_once.cache_clear()
+    monkeypatch.setattr(compiled, "_C", Built)
+    compiled._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert selection.resolve_impl("auto", OnCuda()) == "cuda"
-        assert selection.resolve_impl("auto", OnCuda(), "too large") == "cpp"
-        assert selection.resolve_impl("auto", OnCuda(), "too large") == "cpp"
+        assert compiled.resolve_impl("auto", OnCuda()) == "cuda"
+        assert compiled.resolve_impl("auto", OnCuda(), "too large") == "cpp"
+        assert compiled.resolve_impl("auto", OnCuda(), "too large") == "cpp"
     assert [record.getMessage() for record in caplog.records].count(
         "CUDA points are copied to the host for selection: too large"
     ) == 1
     with pytest.raises(ValueError, match="too large"):
-        selection.resolve_impl("cuda", OnCuda(), "too large")
+        compiled.resolve_impl("cuda", OnCuda(), "too large")
     Built.has_cuda = False
-    assert selection.resolve_impl("auto", OnCuda()) == "cpp"
-    selection._log_once.cache_clear()
+    assert compiled.resolve_impl("auto", OnCuda()) == "cpp"
+    compiled._log_once.cache_clear()
 
 
 @needs_gpu

@@ -20,12 +20,11 @@ from ampo_fast.losses.stats import (
     Loss,
     LossOutput,
     ResponseStats,
-    check_choice,
     check_positive,
     mean_output,
     segment_sum,
 )
-from ampo_fast.validation import check_finite, check_offsets, check_vector
+from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector
 
 _CHOICES = {
     "score": ("avg", "sum"),

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, check_choice, check_positive, mean_output
+from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.validation import check_choice
 
 
 def gap(values_BG: torch.Tensor) -> torch.Tensor:

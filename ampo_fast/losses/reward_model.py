@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from ampo_fast.losses.listwise import plackett_luce
 from ampo_fast.losses.margins import length_similarity, prior_bound
 from ampo_fast.losses.pairs import gap, mean_over_pairs, preferred_pairs, soft_label_loss
-from ampo_fast.losses.stats import Groups, LossOutput, check_choice, check_positive, mean_output
-from ampo_fast.validation import check_finite, check_offsets, check_vector
+from ampo_fast.losses.stats import Groups, LossOutput, check_positive, mean_output
+from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector
 
 
 @dataclass(frozen=True, slots=True)

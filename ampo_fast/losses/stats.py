@@ -122,8 +122,3 @@ def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutpu
 def check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} = {value}; it must be positive")
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}; use one of {', '.join(map(repr, choices))}")
