@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ampo_fast import _C, k_center, k_medoids, pairwise_distances, select_responses
+from ampo_fast import _C, compiled, k_center, k_medoids, pairwise_distances, select_responses
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NVCC = shutil.which("nvcc")
