@@ -53,6 +53,7 @@ _LOSS_PAPERS = {
     "MMDPO": "MM-RLHF: The Next Step Forward in Multimodal LLM Alignment. arXiv:2502.10391.",
     "CaPO": "Calibrated Multi-Preference Optimization for Aligning Diffusion Models. arXiv:2502.02588.",
     "BMC": "Bridging and Modeling Correlations in Pairwise Data for Direct Preference Optimization. arXiv:2408.07471.",
+    "DPOPCRM": "Prior Constraints-based Reward Model Training for Aligning Large Language Models. arXiv:2404.00978.",
 }
 
 _UNTRAINED = (
