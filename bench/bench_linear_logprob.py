@@ -112,10 +112,15 @@ def torch_chunked(case: Case) -> Callable[[], object]:
 
 
 def trl_head(case: Case) -> Callable[[], object]:
+    """With TRL's own tile width, and none of its optional outputs (entropy, ...)."""
     from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as width
 
     def call() -> None:
-        logp_R = ChunkedLogProbFunction.apply(case.hidden_RD, case.weight_VD, None, case.target_R, 1.0, 1024)[0]
+        out = ChunkedLogProbFunction.apply(
+            case.hidden_RD, case.weight_VD, None, case.target_R, 1.0, width, None, 1.0, ()
+        )  # fmt: skip
+        logp_R = out[0]
         case.loss_of(logp_R).backward()
 
     return call
