@@ -49,7 +49,7 @@ def test_partial_checkpoints_are_not_seen_and_old_ones_pruned(tiny_model, tmp_pa
 def test_a_truncated_file_is_named_with_the_way_out(tiny_model, tmp_path):
     policy, optimizer = trained(tiny_model, 0)
     path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
-    (shard,) = path.glob("*.safetensors")
+    shard = min(path.glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=rf"{shard.name} has {len(content) - 100} bytes.*truncated.*fall back"):
