@@ -117,7 +117,9 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
-    micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
+    micro_batch_tokens: Positive = Field(
+        4096, description="Packed tokens per forward; a group that is longer runs in parts, and forward twice."
+    )
     activation_checkpointing: bool = Field(
         False, description="Keep only each layer's input and run it again in the backward: less memory, a third slower."
     )

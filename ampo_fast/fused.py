@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ampo_fast.dispatch import resolve_impl
-from ampo_fast.head import HeadChunk, HeadOptions, default_chunk_rows, head_chunk, logit_buffer
+from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
 from ampo_fast.validation import check_head, check_logprobs, check_offsets, check_vector
@@ -113,12 +113,12 @@ def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm,
         temperature=options.temperature, softcap=options.softcap, eos_id=options.eos_id, impl=impl,
     )  # fmt: skip
     logp_R, eos_logp_R = out if options.eos_id is not None else (out, None)
-    full = _with_logprobs(stats, logp_R, eos_logp_R, target_R, options.eos_id)
+    full = with_logprobs(stats, logp_R, eos_logp_R, target_R, options.eos_id)
     loss = loss_fn(full).per_group_B.sum() / norm
     return loss, _detached(full)
 
 
-def _with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> ResponseStats:
+def with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> ResponseStats:
     """Fills in the sums per response. eos_logp_M is the EOS log-prob at the response's last row, NaN where it ends otherwise."""
     offsets = stats.response_offsets
     eos_logp_M = None
@@ -150,7 +150,7 @@ class _Plan:
     target_R: torch.Tensor | None = None
 
     def out_stats(self) -> ResponseStats:
-        return _with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
+        return with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
 
     @property
     def longest_group(self) -> int:
@@ -208,14 +208,16 @@ class _GroupedLoss(torch.autograd.Function):
             rows, part = plan.chunk_stats(first, last)
             if rows.start == rows.stop:
                 loss += plan.loss_fn(
-                    _with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
+                    with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
                 ).per_group_B.sum()
                 continue
             chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
             plan.logp_R[rows] = chunk.logp_R
             if plan.eos_logp_R is not None:
                 plan.eos_logp_R[rows] = chunk.eos_logp_R
-            part_loss, grad_R, grad_eos_R = _row_gradients(plan, part, chunk, target_R[rows])
+            part_loss, grad_R, grad_eos_R = row_gradients(
+                plan.loss_fn, part, chunk.logp_R, chunk.eos_logp_R, target_R[rows], options.eos_id, plan.normalizer
+            )
             loss += part_loss
             gradients.add(rows, chunk.logit_gradient(grad_R, grad_eos_R))
         ctx.save_for_backward(*gradients.result())
@@ -227,15 +229,21 @@ class _GroupedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def _row_gradients(plan: _Plan, part: ResponseStats, chunk: HeadChunk, target_R: torch.Tensor):
-    """The chunk's loss, and d(loss / normalizer) / d(log-prob) of each of its rows."""
+def row_gradients(
+    loss_fn: Callable[[ResponseStats], LossOutput],
+    side: ResponseStats,
+    logp_R: torch.Tensor,
+    eos_logp_R: torch.Tensor | None,
+    target_R: torch.Tensor,
+    eos_id: int | None,
+    normalizer: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(loss summed over the groups, d(loss / normalizer) / d logp_R, the same / d eos_logp_R) of groups whose rows are
+    known; side is what the loss is given beside them."""
     with torch.enable_grad():
-        leaves = [leaf.detach().requires_grad_() for leaf in (chunk.logp_R, chunk.eos_logp_R) if leaf is not None]
+        leaves = [leaf.detach().requires_grad_() for leaf in (logp_R, eos_logp_R) if leaf is not None]
         eos_leaf = leaves[1] if len(leaves) == 2 else None
-        full = _with_logprobs(part, leaves[0], eos_leaf, target_R, plan.options.eos_id)
-        loss = plan.loss_fn(full).per_group_B.sum()
-        found = (
-            torch.autograd.grad(loss / plan.normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
-        )
+        loss = loss_fn(with_logprobs(side, leaves[0], eos_leaf, target_R, eos_id)).per_group_B.sum()
+        found = torch.autograd.grad(loss / normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
     grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=False)]
     return loss.detach(), grads[0], grads[1] if eos_leaf is not None else None

@@ -166,12 +166,16 @@ class Policy(nn.Module):
             )
 
     @torch.no_grad()
-    def token_logp(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-prob of each response token at temperature 1, [R] float32."""
+    def token_logp(
+        self, batch: PackedBatch, eos_id: int | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob of each response token at temperature 1, [R] float32; given eos_id, also that token's at each row."""
         hidden_RD = self.hidden_rows(batch)
         weight_VD = self.head.weight.to(hidden_RD.dtype)
         with nan_let_through():
-            return linear_logprob(hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap)
+            return linear_logprob(
+                hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap, eos_id=eos_id
+            )
 
     def _decide_shared(self, wanted: str) -> bool:
         """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""

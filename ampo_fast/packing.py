@@ -1,4 +1,4 @@
-"""Selected groups -> packed batches: each prompt once, then its responses; no padding; whole groups only.
+"""Selected groups -> micro-batches -> packed batches: each prompt once, then its responses; no padding.
 
 Shapes: T packed tokens, R predicted response tokens, M responses, B groups.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,23 +20,58 @@ def packed_length(prompt_length: int, response_lengths: Sequence[int]) -> int:
     return prompt_length + sum(max(length - 1, 0) for length in response_lengths)
 
 
-def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[list[SelectedGroup]]:
-    """Whole groups in order, cut into runs of at most max_tokens packed tokens. Raises when one group alone is longer."""
-    batches: list[list[SelectedGroup]] = []
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward holds: whole groups, a part of one group that is longer than the budget, or nothing (idle)."""
+
+    groups: tuple[SelectedGroup, ...] = ()
+    part: tuple[int, ...] = ()
+    """The candidates of groups[0] that are in it, a run of its kept ones; empty where the groups are whole."""
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.groups) and not self.part
+
+
+def kept_candidates(group: SelectedGroup) -> tuple[int, ...]:
+    """Indices of the trained candidates in packed order."""
+    return (*group.positive, *group.negative)
+
+
+def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[MicroBatch]:
+    """The groups in order, cut into runs of at most max_tokens packed tokens; a longer group alone, in parts."""
+    batches: list[MicroBatch] = []
     used = max_tokens
     for group in groups:
-        length = group_tokens(group)
+        length = _part_tokens(group, kept_candidates(group))
         if length > max_tokens:
-            raise ValueError(
-                f"the group of prompt {group.scored.group.prompt.id} packs to {length} tokens, more than "
-                f"optim.micro_batch_tokens = {max_tokens}; raise it, or lower select.k or rollout.max_new_tokens"
-            )
-        if used + length > max_tokens:
-            batches.append([])
-            used = 0
-        batches[-1].append(group)
-        used += length
+            batches += [MicroBatch((group,), part) for part in group_parts(group, max_tokens)]
+            used = max_tokens
+        elif used + length > max_tokens:
+            batches.append(MicroBatch((group,)))
+            used = length
+        else:
+            batches[-1] = MicroBatch((*batches[-1].groups, group))
+            used += length
     return batches
+
+
+def group_parts(group: SelectedGroup, max_tokens: int) -> list[tuple[int, ...]]:
+    """Runs of the group's kept candidates that fit max_tokens with the prompt. Raises ValueError when one alone does not."""
+    parts: list[tuple[int, ...]] = []
+    for i in kept_candidates(group):
+        if parts and _part_tokens(group, (*parts[-1], i)) <= max_tokens:
+            parts[-1] = (*parts[-1], i)
+            continue
+        alone = _part_tokens(group, (i,))
+        if alone > max_tokens:
+            raise ValueError(
+                f"prompt {group.scored.group.prompt.id} ({len(group.scored.group.prompt_ids)} tokens) and one response of "
+                f"{len(group.scored.group.candidates[i].token_ids)} pack to {alone} tokens, more than "
+                f"optim.micro_batch_tokens = {max_tokens}; raise it, or lower rollout.max_new_tokens or data.max_prompt_tokens"
+            )
+        parts.append((i,))
+    return parts
 
 
 def balanced_shares(weights: Sequence[int], num_shares: int) -> list[list[int]]:
@@ -52,21 +88,24 @@ def balanced_shares(weights: Sequence[int], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def group_tokens(group: SelectedGroup) -> int:
-    """Packed tokens of one trained group."""
+def group_tokens(group: SelectedGroup, max_tokens: int) -> int:
+    """Tokens forwarded with gradient for one trained group; a group in parts repeats its prompt in each."""
+    if _part_tokens(group, kept_candidates(group)) <= max_tokens:
+        return _part_tokens(group, kept_candidates(group))
+    return sum(_part_tokens(group, part) for part in group_parts(group, max_tokens))
+
+
+def _part_tokens(group: SelectedGroup, indices: Sequence[int]) -> int:
     candidates = group.scored.group.candidates
-    kept = (*group.positive, *group.negative)
-    return packed_length(len(group.scored.group.prompt_ids), [len(candidates[i].token_ids) for i in kept])
+    return packed_length(len(group.scored.group.prompt_ids), [len(candidates[i].token_ids) for i in indices])
 
 
-def rank_micro_batches(
-    groups: Sequence[SelectedGroup], max_tokens: int, num_ranks: int
-) -> list[list[list[SelectedGroup]]]:
-    """For each rank its micro-batches: shares of about equal tokens, equally many each; [] where a rank has none left."""
-    shares = balanced_shares([group_tokens(group) for group in groups], num_ranks)
+def rank_micro_batches(groups: Sequence[SelectedGroup], max_tokens: int, num_ranks: int) -> list[list[MicroBatch]]:
+    """For each rank its micro-batches: shares of about equal tokens, equally many each; an empty one where it has none."""
+    shares = balanced_shares([group_tokens(group, max_tokens) for group in groups], num_ranks)
     ranks = [micro_batches([groups[i] for i in share], max_tokens) for share in shares]
     longest = max(map(len, ranks))
-    return [batches + [[]] * (longest - len(batches)) for batches in ranks]
+    return [batches + [MicroBatch()] * (longest - len(batches)) for batches in ranks]
 
 
 def idle_batch(device: torch.device | str = "cpu") -> PackedBatch:
@@ -90,7 +129,7 @@ def longest_batch(
 
 def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") -> PackedBatch:
     """One batch of trained groups: [prompt | positive | negatives] each, rewards and sides with them."""
-    kept = [(*group.positive, *group.negative) for group in groups]
+    kept = [kept_candidates(group) for group in groups]
     batch = pack_responses(
         [group.scored.group for group in groups],
         kept,
@@ -100,6 +139,13 @@ def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") ->
     batch.positive_M[:] = torch.tensor([i in group.positive for group, k in zip(groups, kept, strict=True) for i in k])
     batch.baseline_B[:] = torch.tensor([_mean_reward(group.scored) for group in groups])
     return batch
+
+
+def pack_micro_batch(micro: MicroBatch, device: torch.device | str = "cpu") -> PackedBatch:
+    """A part has neither rewards nor sides: its gradient comes from the whole group."""
+    if micro.part:
+        return pack_responses([micro.groups[0].scored.group], [micro.part], device)
+    return pack(micro.groups, device) if micro.groups else idle_batch(device)
 
 
 def _kept(scored: ScoredGroup, indices: Sequence[int]) -> list[float]:

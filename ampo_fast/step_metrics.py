@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ampo_fast.packing import MicroBatch, kept_candidates, packed_length
 from ampo_fast.types import PackedBatch, ScoredGroup, SelectedGroup
 
 
@@ -97,6 +98,30 @@ def policy_metrics(groups: Sequence[TrainedGroup]) -> dict[str, float]:
         "negative/logp": _mean([value for group in groups for value in group.negative]),
         "rewards/margins": _mean(margins),
         "rewards/accuracies": _mean([margin > 0 for margin in margins]),
+    }
+
+
+def sharing_metrics(plans: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
+    """What all ranks forward: how many groups are split, what their first forward costs, what shared prompts save.
+
+    plans: each rank's micro-batches. perf/prefix_saved is the share of tokens that stay out because a prompt runs once for
+    several responses.
+    """
+    micros = [micro for plan in plans for micro in plan if micro.groups]
+    split = [micro for micro in micros if micro.part]
+    forwarded, alone, first_pass = 0, 0, 0
+    for micro in micros:
+        for group in micro.groups:
+            prompt = len(group.scored.group.prompt_ids)
+            lengths = [len(_candidate(group.scored, i).token_ids) for i in micro.part or kept_candidates(group)]
+            tokens = packed_length(prompt, lengths)
+            forwarded += tokens
+            alone += sum(packed_length(prompt, [length]) for length in lengths)
+            first_pass += tokens if micro.part else 0
+    return {
+        "perf/split_groups": len({id(micro.groups[0]) for micro in split}),
+        "perf/tokens_without_gradient": first_pass,
+        "perf/prefix_saved": 1.0 - forwarded / alone,
     }
 
 

@@ -15,10 +15,11 @@ from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
-from ampo_fast.packing import idle_batch, longest_batch, pack, packed_length, rank_micro_batches
+from ampo_fast.packing import MicroBatch, longest_batch, pack_micro_batch, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reward_data import fitted_params
-from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, trained_groups
+from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
+from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, sharing_metrics, trained_groups
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 
 _MAX_NONFINITE_STEPS = 3
@@ -56,7 +57,7 @@ class Updater:
     def step(
         self, selected: Sequence[SelectedGroup], step: int, progress: TrainingProgress, is_comparable: bool
     ) -> dict[str, float]:
-        """Forward and backward over micro-batches of whole groups, then one guarded optimizer step; returns its metrics.
+        """Forward and backward over micro-batches, then one guarded optimizer step; returns its metrics.
 
         selected: the step's groups over all ranks, the same on each; each rank trains on its share. Every micro-batch's
         loss is divided by the global count of trained groups, so that any split over micro-batches and ranks gives the
@@ -68,13 +69,15 @@ class Updater:
         lr = learning_rate(step, self.config.run.steps, config)
         if not trained:  # on every rank: all see the same groups
             return {"learning_rate": lr, "num_tokens": 0}
-        loss, mine, num_tokens = self._backward(trained, progress)
+        plans = rank_micro_batches(trained, config.micro_batch_tokens, distributed.world_size())
+        loss, mine, num_tokens = self._backward(plans, len(trained), progress)
         with progress.phase("optimizer"):
             sums = distributed.total(torch.stack((loss, loss.new_tensor(num_tokens))))
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
         self._guard(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())
+        metrics |= sharing_metrics(plans)
         groups = [group for part in distributed.all_gather(mine) for group in part]
         if is_comparable:
             metrics |= logp_difference(groups)
@@ -86,38 +89,75 @@ class Updater:
         longest_prompt: in tokens. What does not fit is then found now, as a MemoryError, and not hours later.
         """
         config, length = self.config, self.config.rollout.max_new_tokens
-        kept = config.select.k + 1
-        fitting = config.optim.micro_batch_tokens // packed_length(longest_prompt, [length] * kept)
-        num_groups = max(1, min(fitting, config.optim.prompts_per_step))
-        batch = self._with_reference(longest_batch(num_groups, longest_prompt, kept, length, self.policy.device))
+        budget, kept = config.optim.micro_batch_tokens, config.select.k + 1
+        num_groups = min(budget // packed_length(longest_prompt, [length] * kept), config.optim.prompts_per_step)
+        if num_groups == 0:  # a group of that length is split: its largest part, with its own loss
+            kept = max(1, (budget - longest_prompt) // max(1, length - 1))
+        batch = longest_batch(max(1, num_groups), longest_prompt, kept, length, self.policy.device)
         with _named_out_of_memory(batch):
-            loss, _ = self.policy(batch, self.loss_fn, math.inf, eos_id=self.eos_id)
+            if num_groups == 0:
+                loss, _ = self.policy(batch, self._no_gradient(batch), 1, eos_id=self.eos_id)
+            else:
+                loss, _ = self.policy(self._with_reference(batch), self.loss_fn, math.inf, eos_id=self.eos_id)
             loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         return batch.token_T.numel()
 
     def _backward(
-        self, trained: Sequence[SelectedGroup], progress: TrainingProgress
+        self, plans: Sequence[Sequence[MicroBatch]], num_trained: int, progress: TrainingProgress
     ) -> tuple[torch.Tensor, list[TrainedGroup], int]:
-        """This rank's share of the step's loss (float64), its groups' numbers and its packed tokens."""
-        device, num_ranks = self.policy.device, distributed.world_size()
-        shares = rank_micro_batches(trained, self.config.optim.micro_batch_tokens, num_ranks)
-        own = shares[distributed.rank()]
+        """This rank's share of the step's loss (float64), its groups' numbers and its tokens that got a gradient."""
+        device, own = self.policy.device, plans[distributed.rank()]
         total, mine, num_tokens = torch.zeros((), device=device, dtype=torch.float64), [], 0
-        for i, groups in enumerate(own):
+        with progress.phase("forward_backward"):
+            splits = self._split_groups(plans, num_trained)
+        for split in splits:
+            total += split.loss.double() / num_trained
+            mine += trained_groups(split.stats, split.batch)
+        part_losses = iter([loss for split in splits for loss in split.part_losses])
+        for i, micro in enumerate(own):
             with progress.phase("pack"):
-                batch = self._with_reference(pack(groups, device) if groups else idle_batch(device))
+                batch = pack_micro_batch(micro, device)
+                if any(plan[i].is_whole for plan in plans):  # a forward of the reference too is one of all ranks
+                    batch = self._with_reference(batch)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
             with progress.phase("forward_backward"), _named_out_of_memory(batch):
-                # An idle rank's loss counts for nothing: over infinity, so are its gradients.
-                normalizer = len(trained) if groups else math.inf
-                loss, part = self.policy(batch, self.loss_fn, normalizer, eos_id=self.eos_id)
+                if micro.is_whole:
+                    loss, part = self.policy(batch, self.loss_fn, num_trained, eos_id=self.eos_id)
+                    total += loss.detach()
+                    mine += trained_groups(part, batch)
+                else:
+                    given = next(part_losses) if micro.part else self._no_gradient(batch)
+                    loss, _ = self.policy(batch, given, 1, eos_id=self.eos_id)
                 loss.backward()
-            if groups:
-                total += loss.detach()
-                mine += trained_groups(part, batch)
+            if micro.groups:
                 num_tokens += batch.token_T.numel()
         return total, mine, num_tokens
+
+    def _split_groups(self, plans: Sequence[Sequence[MicroBatch]], num_trained: int) -> list[SplitGroup]:
+        """Phase 1 of this rank's groups that are longer than a micro-batch; all ranks make equally many forwards."""
+        own = [micro for micro in plans[distributed.rank()] if micro.part]
+        num_forwards = max(sum(bool(micro.part) for micro in plan) for plan in plans)
+        found = [self._part_logp(micro) for micro in own + [MicroBatch()] * (num_forwards - len(own))]
+        distributed.reshard(self.policy)
+        groups = itertools.groupby(zip(own, found, strict=False), key=lambda pair: id(pair[0].groups[0]))
+        pairs = [list(group) for _, group in groups]
+        return [
+            SplitGroup.build(group[0][0], [part for _, part in group], self.loss_fn, self.eos_id, num_trained)
+            for group in pairs
+        ]
+
+    def _part_logp(self, micro: MicroBatch) -> PartLogp:
+        batch = pack_micro_batch(micro, self.policy.device)
+        with _named_out_of_memory(batch):
+            out = self.policy.token_logp(batch, self.eos_id)
+            logp_R, eos_logp_R = out if self.eos_id is not None else (out, None)
+            return PartLogp(logp_R, eos_logp_R, self._with_reference(batch).ref_logp_M)
+
+    def _no_gradient(self, batch: PackedBatch) -> GivenGradient:
+        """For a rank that keeps the others company in a forward: exactly zero, whatever the loss is."""
+        zero_R = torch.zeros(batch.target_R.shape, device=self.policy.device)
+        return GivenGradient(zero_R, None if self.eos_id is None else zero_R)
 
     def _with_reference(self, batch: PackedBatch) -> PackedBatch:
         if self.reference is None:

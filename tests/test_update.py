@@ -1,7 +1,6 @@
 """The step over ranks and micro-batches, as far as one process can show it; test_distributed.py has the processes."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from builders import config, scored
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
-from ampo_fast.packing import balanced_shares, group_tokens, idle_batch, packed_length, rank_micro_batches
+from ampo_fast.packing import MicroBatch, balanced_shares, group_tokens, idle_batch, packed_length, rank_micro_batches
+from ampo_fast.progress import TrainingProgress
 from ampo_fast.types import SelectedGroup
 from ampo_fast.update import Updater, _named_out_of_memory
 
@@ -32,20 +32,66 @@ def test_every_rank_has_as_many_micro_batches():
     for num_ranks in (1, 2, 3, 16):
         ranks = rank_micro_batches(groups, 40, num_ranks)
         assert len({len(batches) for batches in ranks}) == 1
-        dealt = [g for batches in ranks for batch in batches for g in batch]
+        dealt = [g for batches in ranks for batch in batches for g in batch.groups]
         assert sorted(g.scored.group.prompt.id for g in dealt) == [f"p{i}" for i in range(7)]
-        assert all(sum(map(group_tokens, batch)) <= 40 for batches in ranks for batch in batches)
-    assert rank_micro_batches(groups[:1], 40, 2) == [[[groups[0]]], [[]]]
+        assert all(sum(group_tokens(g, 40) for g in batch.groups) <= 40 for batches in ranks for batch in batches)
+    assert rank_micro_batches(groups[:1], 40, 2) == [[MicroBatch((groups[0],))], [MicroBatch()]]
 
 
-@pytest.mark.parametrize("loss", ["AMPO", "REFADynamic", "DPO", "SimPO", "KTO", "PlackettLuce", "ORPO", "InfoNCA"])
-def test_an_idle_rank_adds_exactly_nothing(tiny_policy, tiny_model, loss):
-    sections = {"loss": {"name": loss, "nll_weight": 0.5}, "model": {"path": str(tiny_model)}}
-    updater = Updater(config(**sections), tiny_policy)
+def gradients(policy, updater, groups, budget):
+    """(loss, trained groups by prompt, gradient of every parameter) of the groups under a budget of tokens."""
+    plans = rank_micro_batches(groups, budget, 1)
+    loss, mine, num_tokens = updater._backward(plans, len(groups), TrainingProgress(1))
+    assert num_tokens == sum(group_tokens(group, budget) for group in groups)
+    grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    updater.optimizer.zero_grad()
+    return loss.item(), mine, grads, plans[0]
+
+
+SPLIT_LOSSES = {
+    "AMPO": {"beta": 0.5},
+    "REFADynamic": {"beta": 0.5, "eos_penalty": "budgeted", "eos_lambda": 0.3, "eos_budget": 12},
+    "BMC": {"beta": 0.2, "delta": 0.5},
+    "SWEPO": {},
+    "DPO": {},
+    "PlackettLuce": {"beta": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_LOSSES)
+def test_a_group_in_parts_has_the_gradient_of_the_whole(tiny_model, name):
+    loss = {"name": name, "params": SPLIT_LOSSES[name], "nll_weight": 0.1}
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    updater = Updater(config(loss=loss, model={"path": str(tiny_model)}), policy)
+    if updater.reference is not None:
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    groups = [selected(0, [3, 9, 12, 5]), selected(1, [2, 4]), selected(2, [13, 1, 7])]
+    whole_loss, whole, whole_grads, plan = gradients(policy, updater, groups, 100)
+    assert [len(micro.groups) for micro in plan] == [3]
+    split_loss, split, split_grads, plan = gradients(policy, updater, groups, 17)
+    assert [micro.part for micro in plan] == [(3, 0), (1,), (2,), (), (2,), (0, 1)]
+    assert split_loss == pytest.approx(whole_loss, rel=1e-6)
+    by_value = [sorted((g.positive, g.negative) for g in groups) for groups in (whole, split)]
+    for (a, b), (c, d) in zip(*by_value, strict=True):
+        assert (a, b) == (pytest.approx(c, rel=1e-6), pytest.approx(d, rel=1e-6))
+    scale = max(g.abs().max().item() for g in whole_grads.values())
+    assert scale > 1e-6
+    for key, grad in whole_grads.items():
+        torch.testing.assert_close(split_grads[key], grad, atol=2e-6 * scale, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_response_over_the_budget_names_the_prompt_and_the_way_out():
+    said = r"prompt p3 \(4 tokens\) and one response of 12 pack to 15 .*micro_batch_tokens = 14"
+    with pytest.raises(ValueError, match=said):
+        rank_micro_batches([selected(3, [3, 12])], 14, 1)
+
+
+def test_an_idle_rank_adds_exactly_nothing(tiny_policy, tiny_model):
+    updater = Updater(config(model={"path": str(tiny_model)}), tiny_policy)
     batch = idle_batch()
-    if updater.loss_fn.uses_reference:
-        batch = dataclasses.replace(batch, ref_logp_M=torch.zeros(2))
-    value, _ = tiny_policy(batch, updater.loss_fn, float("inf"), eos_id=updater.eos_id)
+    value, _ = tiny_policy(batch, updater._no_gradient(batch), 1)
     value.backward()
     assert value.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in tiny_policy.parameters())
@@ -58,6 +104,7 @@ def test_the_preflight_runs_the_longest_batch_and_changes_nothing(tiny_model):
     sections = {"rollout": {"max_new_tokens": 10}, "optim": {"prompts_per_step": 8, "micro_batch_tokens": 150}}
     updater = Updater(config(**sections), policy)
     assert updater.preflight(13) == 3 * packed_length(13, [10] * 4)  # three groups fit 150 tokens, four would not
+    assert updater.preflight(130) == packed_length(130, [10] * 2)  # a group of four would be split
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
     assert all(p.grad is None for p in policy.parameters())
     assert not updater.optimizer.state
