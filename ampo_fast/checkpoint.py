@@ -62,7 +62,8 @@ def save_checkpoint(
             _write_alone(aside, tensors)
         else:
             _collective(lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}")
-        distributed.on_main(lambda: _commit(aside, target, state))
+        adapter = policy.adapter_id
+        distributed.on_main(lambda: _commit(aside, target, state, adapter))
     except BaseException:
         if distributed.is_main():
             shutil.rmtree(aside, ignore_errors=True)
@@ -76,7 +77,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     Every rank must call it. Raises ValueError naming the file that is damaged, or what differs in a checkpoint of
     another model or format.
     """
-    state = distributed.on_main(lambda: _read_state(path))
+    adapter = policy.adapter_id
+    state = distributed.on_main(lambda: _read_state(path, adapter))
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         shapes = {name: tuple(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
@@ -137,10 +139,13 @@ def _collective(work: Callable[[dict[str, Any]], Any], what: str) -> None:
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Parameters (a tied head once), buffers and AdamW's state under flat names; views, so that loading fills them."""
-    persistent = policy.model.state_dict().keys()
+    """Parameters (a tied head once), buffers and AdamW's state under flat names; views, so that loading fills them. Of a
+    model with an adapter the adapter alone."""
+    persistent = () if policy.lora else policy.model.state_dict().keys()
     named = {f"model.{name}": buffer for name, buffer in policy.model.named_buffers() if name in persistent}
     for name, parameter in policy.model.named_parameters():
+        if policy.lora and not parameter.requires_grad:
+            continue
         named[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             # safetensors cannot slice a scalar.
@@ -155,10 +160,10 @@ def _open_aside(aside: Path, tensors: dict[str, torch.Tensor]) -> None:
     aside.mkdir()
 
 
-def _commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
+def _commit(aside: Path, target: Path, state: dict[str, Any], adapter: dict[str, Any] | None) -> None:
     """The shards are on disk (DCP syncs each): name them with their sizes, then make the directory real by its name."""
     files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    header = {"format": FORMAT, "world_size": distributed.world_size(), "files": files}
+    header = {"format": FORMAT, "world_size": distributed.world_size(), "files": files, "adapter": adapter}
     (aside / "state.json").write_text(json.dumps(header | {"state": state}))
     _fsync(aside / "state.json")
     _fsync(aside)
@@ -166,8 +171,8 @@ def _commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
     _fsync(target.parent)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """The caller's part of state.json, after checking that every shard is there and whole."""
+def _read_state(path: Path, adapter: dict[str, Any] | None) -> dict[str, Any]:
+    """The caller's part of state.json, after checking that it is of this adapter, and every shard there and whole."""
     try:
         header = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -176,6 +181,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path} has format {header.get('format', 1)}, this version reads {FORMAT}; {_WAY_OUT}"
         )
+    _check_adapter(path, adapter or {}, header.get("adapter") or {})
     for name, size in header["files"].items():
         shard = path / name
         have = shard.stat().st_size if shard.exists() else None
@@ -188,6 +194,18 @@ def _read_state(path: Path) -> dict[str, Any]:
             path, header["world_size"], distributed.world_size(),
         )  # fmt: skip
     return header["state"]
+
+
+def _check_adapter(path: Path, own: dict[str, Any], saved: dict[str, Any]) -> None:
+    differing = [key for key in sorted(own.keys() | saved.keys()) if own.get(key) != saved.get(key)]
+    if differing == ["base"]:
+        raise ValueError(
+            f"checkpoint {path} is an adapter of another base: its weights hash to {saved['base'][:12]}, those of "
+            f"model.path to {own['base'][:12]}; set model.path to the base that it was trained on"
+        )
+    if differing:
+        said = "; ".join(f"{key} is {saved.get(key, 'not set')} there, {own.get(key, 'not set')} here" for key in differing)
+        raise ValueError(f"checkpoint {path} is of another adapter than model.lora: {said}")
 
 
 def _check_model(path: Path, own: dict[str, torch.Tensor], saved: dict[str, tuple[int, ...]]) -> None:
@@ -211,11 +229,12 @@ def prune_checkpoints(root: Path, config: CheckpointConfig) -> None:
 
 
 def require_disk(run_dir: Path, policy: Policy, config: CheckpointConfig) -> None:
-    """Raises ValueError at the start of a run whose checkpoints and export cannot fit: parameters and two moments in
-    float32, keep_last + 1 times, and two exports."""
+    """Raises ValueError at the start of a run whose checkpoints and export cannot fit: trained parameters and two moments
+    in float32, keep_last + 1 times, and two exports of all."""
     parameters = 4 * sum(parameter.numel() for parameter in policy.parameters())
+    trained = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     have = sum(file.stat().st_size for file in run_dir.rglob("*.safetensors"))
-    needed = parameters * (3 * (config.keep_last + 1) + 2) - have
+    needed = 3 * trained * (config.keep_last + 1) + 2 * parameters - have
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise ValueError(

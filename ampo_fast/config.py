@@ -48,6 +48,23 @@ class DataConfig(Section):
     max_overlong_share: Share = Field(0.1, description="More over-long prompts than this share is an error.")
 
 
+class LoraConfig(Section):
+    """A low-rank adapter instead of all parameters; needs ampo_fast[lora]."""
+
+    rank: Count = Field(0, description="Of the adapter; 0: none, all parameters are trained.")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(16.0, description="The adapter is scaled by alpha / rank.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="PEFT's: all-linear (without the head), endings of layers' names, or one pattern."
+    )
+    dropout: float = Field(0.0, description="Must stay 0: the same response must have the same log-prob twice.")
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> LoraConfig:
+        if self.dropout:
+            raise ValueError(f"model.lora.dropout = {self.dropout}: the policy is trained without dropout; set it to 0")
+        return self
+
+
 class ModelConfig(Section):
     path: str = Field(..., description="A HuggingFace model directory or name, or package:smollm2-135m-instruct.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute only; parameters stay float32.")
@@ -56,6 +73,11 @@ class ModelConfig(Section):
         description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+
+    @property
+    def without_adapter(self) -> ModelConfig:
+        return self.model_copy(update={"lora": LoraConfig()})
 
 
 class RolloutConfig(Section):

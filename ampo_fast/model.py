@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ampo_fast import attention, distributed
+from ampo_fast import attention, distributed, lora
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
@@ -40,6 +40,7 @@ class Policy(nn.Module):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source
+        self.lora = config.lora if config.lora.rank else None
         self.compute_dtype = getattr(torch, config.dtype)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.stop_ids = _stop_ids(model, tokenizer)
@@ -59,12 +60,15 @@ class Policy(nn.Module):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
+        if config.lora.rank:
+            lora.inject(model, config.lora)
         return cls(model.to(distributed.device()), tokenizer, config, source)
 
     @classmethod
     def load_replica(cls, config: ModelConfig) -> Policy:
-        """A whole copy for sampling and scoring beside a sharded policy: parameters in the compute type, none trained."""
-        policy = cls.load(config).requires_grad_(False)
+        """A whole copy for sampling and scoring beside a sharded policy: parameters in the compute type, none trained,
+        no adapter of its own."""
+        policy = cls.load(config.without_adapter).requires_grad_(False)
         for parameter in policy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
             parameter.data = parameter.data.to(policy.compute_dtype)
         return policy
@@ -80,6 +84,24 @@ class Policy(nn.Module):
         if distributed.world_size() > 1:
             distributed.shard(self, self.blocks, self.compute_dtype, methods=("token_logp",))
         return self
+
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of everything by its name in the base model's files, an adapter merged into what it adapts;
+        one at a time, and all ranks must iterate to the end."""
+        if self.lora:
+            return lora.base_tensors(self.model, is_merged=True)
+        return distributed.whole_tensors(self.model)
+
+    @functools.cached_property
+    def adapter_id(self) -> dict[str, Any] | None:
+        """What a saved adapter fits: its settings and the hash of its base; None without one. Every rank must ask."""
+        return {**self.lora.model_dump(mode="json"), "base": lora.base_hash(self.model)} if self.lora else None
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The model that the adapter started from."""
+        with lora.switched_off(self.model):
+            yield
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -278,7 +300,8 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit.
+    """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit. A LoRA adapter is merged
+    into it, and beside that written as adapter/.
 
     Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. dtype defaults to float32.
     Raises RuntimeError when what was read back differs.
@@ -286,7 +309,7 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
     dtype = dtype or torch.float32
     state = {
         name: tensor.to("cpu", dtype)
-        for name, tensor in distributed.whole_tensors(policy.model)
+        for name, tensor in policy.whole_tensors()
         if distributed.is_main()
     }
     first: dict[nn.Parameter, str] = {}
@@ -294,6 +317,8 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
         if name in state:  # a tied head is one tensor under two names, or it would be written twice
             state[name] = state[first.setdefault(parameter, name)]
     distributed.on_main(lambda: _write_and_compare(policy, directory, state, dtype))
+    if policy.lora:
+        lora.save_adapter(policy.model, policy.lora, policy.source, directory / "adapter")
 
 
 def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -106,6 +106,7 @@ def _print_cost(
     response_logp(policy, groups, config.optim.micro_batch_tokens)
     forward_s = time.perf_counter() - started
     num_parameters = sum(p.numel() for p in policy.parameters())
+    num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     head = policy.head.weight.numel()
     per_step = config.optim.prompts_per_step / len(groups)
     kept = min(config.select.k + 1, config.rollout.n)
@@ -124,8 +125,8 @@ def _print_cost(
     text = policy.model.config.get_text_config()
     activations = longest * text.num_hidden_layers * (14 * text.hidden_size + 4 * text.intermediate_size) * 4
     console.print(
-        f"memory, estimated: parameters {_gib(4 * num_parameters)}, gradients {_gib(4 * num_parameters)}, AdamW "
-        f"{_gib(8 * num_parameters)}, activations of a full micro-batch of {longest} tokens {_gib(activations)}; "
+        f"memory, estimated: parameters {_gib(4 * num_parameters)}, gradients {_gib(4 * num_trained)}, AdamW "
+        f"{_gib(8 * num_trained)}, activations of a full micro-batch of {longest} tokens {_gib(activations)}; "
         f"optim.micro_batch_tokens bounds the last"
     )
 

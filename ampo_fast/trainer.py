@@ -196,7 +196,7 @@ class Trainer:
         reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
             self.actor, engine, self.eval_prompts, reward_fn, self.embedder, config,
-            lambda: self.load_whole(config.model),
+            lambda: self.load_whole(config.model.without_adapter),
         )  # fmt: skip
 
     def _evaluate_if_due(self) -> str | None:

@@ -50,7 +50,9 @@ class Updater:
         self.policy = policy
         self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
-        self.reference = Policy.load(config.model).shard() if self.loss_fn.uses_reference else None
+        # An adapter's reference is its own base: no second copy.
+        needs_copy = self.loss_fn.uses_reference and not policy.lora
+        self.reference = Policy.load(config.model).shard() if needs_copy else None
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
 
@@ -160,10 +162,12 @@ class Updater:
         return GivenGradient(zero_R, None if self.eos_id is None else zero_R)
 
     def _with_reference(self, batch: PackedBatch) -> PackedBatch:
-        if self.reference is None:
+        if not self.loss_fn.uses_reference:
             return batch
-        logp_R = self.reference.token_logp(batch)
-        distributed.reshard(self.reference)
+        model = self.reference or self.policy
+        with self.policy.adapter_off() if model is self.policy else contextlib.nullcontext():
+            logp_R = model.token_logp(batch)
+        distributed.reshard(model)
         ends = batch.response_offsets.tolist()
         ref_logp_M = torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
         return dataclasses.replace(batch, ref_logp_M=ref_logp_M)

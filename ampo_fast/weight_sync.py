@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ampo_fast.distributed import whole_tensors
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import RolloutEngine
+from ampo_fast.rollouts import RolloutEngine, TransformersEngine
 
 
 def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
@@ -17,10 +16,11 @@ def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     (An engine that receives only the embedding keeps a stale head.) A sharded policy is gathered on the way, so every
     rank must call it. Where the engine shares the policy's module nothing is copied.
     """
-    engine.load_weights(version, named_weights(policy))
+    is_shared = isinstance(engine, TransformersEngine) and engine.policy is policy
+    engine.load_weights(version, () if is_shared else named_weights(policy))
     return engine.version
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by its name in the checkpoint; a tied head has its own."""
-    return whole_tensors(policy.model)
+    """Every parameter and buffer by its name in the base model's files; a tied head has its own, an adapter is merged."""
+    return policy.whole_tensors()

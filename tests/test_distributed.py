@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,13 @@ VARIANTS = {
     },
     "bfloat16": {"run": {"steps": 2}, "eval": NO_EVAL, "model": {"dtype": "bfloat16"}},
     "recomputed": {"run": {"steps": 3}, "eval": NO_EVAL, "optim": {"activation_checkpointing": True}},
+    "lora": {
+        "run": {"steps": 3}, "eval": NO_EVAL, "loss": {"name": "SWEPO"}, "model": {"lora": {"rank": 4}},
+        "optim": {"activation_checkpointing": True},
+    },
 }  # fmt: skip
+if find_spec("peft") is None:
+    del VARIANTS["lora"]
 
 
 def write_variants(tmp_path, tiny_model):
@@ -76,7 +83,7 @@ def column(run_dir, name):
     return torch.tensor([row[name] for row in comparable(run_dir) if name in row], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["ten", "idle", "split", "reference", "recomputed"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("degenerate", "bfloat16")])
 def test_two_ranks_train_as_one(one_rank, two_ranks, name):
     for metric in ("loss", "grad_norm", "positive/logp", "negative/logp", "rewards/margins"):
         one, two = column(one_rank / name, metric), column(two_ranks / name, metric)
