@@ -8,17 +8,20 @@ candidate), so there is no generator state to save.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -44,6 +47,19 @@ def checkpoint_dirs(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+@dataclass
+class Snapshot:
+    """What one checkpoint will hold; `tensors` are the run's own until a copy takes their place."""
+
+    target: Path
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, Any]
+
+    @property
+    def aside(self) -> Path:
+        return self.target.with_name(f"{self.target.name}.partial")
+
+
 def save_checkpoint(
     root: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
@@ -51,24 +67,66 @@ def save_checkpoint(
 
     Raises OSError (disk full, ...) on every rank, whichever met it, and leaves older checkpoints as they were.
     """
-    target = root / f"step_{step:06d}"
-    if distributed.on_main(target.exists):
-        return target
-    aside = root / f"{target.name}.partial"
-    tensors = _tensors(policy, optimizer)
-    try:
-        distributed.on_main(lambda: _open_aside(aside, tensors))
+    taken = snapshot(root, step, policy, optimizer, state)
+    if distributed.on_main(lambda: open_aside(taken)):
+        write_shards(taken)
+        distributed.on_main(lambda: commit(taken))
+    return taken.target
+
+
+def snapshot(
+    root: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Snapshot:
+    """Every rank must call it. The state is taken as it is now; the tensors only once they are copied or written."""
+    header = {"format": FORMAT, "world_size": distributed.world_size(), "adapter": policy.adapter_id}
+    state = json.loads(json.dumps(state))
+    return Snapshot(root / f"step_{step:06d}", _tensors(policy, optimizer), header | {"state": state})
+
+
+def open_aside(taken: Snapshot) -> bool:
+    """An empty directory to write to, on a disk with room; for rank 0. -> False where the checkpoint exists already."""
+    if taken.target.exists():
+        return False
+    taken.aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(taken.aside, ignore_errors=True)
+    _check_disk(taken.aside.parent, taken.tensors)
+    taken.aside.mkdir()
+    return True
+
+
+def write_shards(taken: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+    """Writes and syncs every rank's shards. group: whose collectives are used; default all ranks' own.
+
+    May run beside the training when the tensors are a copy. Raises OSError on every rank, and leaves nothing behind.
+    """
+    with _removed_on_error(taken):
         if distributed.world_size() == 1:
-            _write_alone(aside, tensors)
-        else:
-            _collective(lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}")
-        adapter = policy.adapter_id
-        distributed.on_main(lambda: _commit(aside, target, state, adapter))
+            _write_alone(taken.aside, taken.tensors)
+            return
+        writer = _Writer(str(taken.aside))
+        _collective(lambda: dcp.save(taken.tensors, storage_writer=writer, process_group=group), f"write {taken.aside}")
+
+
+def commit(taken: Snapshot) -> None:
+    """Names the shards, which are all there, with their sizes, then makes the directory real by its name; for rank 0."""
+    aside = taken.aside
+    with _removed_on_error(taken):
+        files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+        (aside / "state.json").write_text(json.dumps({"files": files} | taken.header))
+        _fsync(aside / "state.json")
+        _fsync(aside)
+        aside.rename(taken.target)
+        _fsync(taken.target.parent)
+
+
+@contextlib.contextmanager
+def _removed_on_error(taken: Snapshot) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         if distributed.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(taken.aside, ignore_errors=True)
         raise
-    return target
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -86,7 +144,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         _make_moments(policy, optimizer, shapes)
         distributed.reshard(policy)  # else the whole parameters that a forward left behind hide what is loaded
         tensors = _tensors(policy, optimizer)
-        _collective(lambda options: dcp.load(tensors, storage_reader=reader, **options), f"read {path}")
+        _collective(lambda: _load(tensors, reader), f"read {path}")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read ({error}); {_WAY_OUT}") from error
     return state
@@ -127,12 +185,16 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(path, save_distributed=True)
 
 
-def _collective(work: Callable[[dict[str, Any]], Any], what: str) -> None:
+def _load(tensors: dict[str, torch.Tensor], reader: dcp.HuggingFaceStorageReader) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*in a single process")  # that is what was asked for
+        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
+
+
+def _collective(work: Callable[[], Any], what: str) -> None:
     """Runs a DCP call; what any rank's file system says is an OSError on every rank."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*in a single process")  # that is what was asked for
-            work({"no_dist": distributed.world_size() == 1})
+        work()
     except dcp.CheckpointException as error:  # a BaseException, with what every rank met
         where, cause = next(iter(error.failures.items()))
         raise OSError(f"cannot {what} (rank {where}: {cause[0]})") from error
@@ -151,24 +213,6 @@ def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torc
             # safetensors cannot slice a scalar.
             named[f"optimizer.{name}.{key}"] = value.reshape(1) if value.ndim == 0 else value
     return named
-
-
-def _open_aside(aside: Path, tensors: dict[str, torch.Tensor]) -> None:
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    _check_disk(aside.parent, tensors)
-    aside.mkdir()
-
-
-def _commit(aside: Path, target: Path, state: dict[str, Any], adapter: dict[str, Any] | None) -> None:
-    """The shards are on disk (DCP syncs each): name them with their sizes, then make the directory real by its name."""
-    files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    header = {"format": FORMAT, "world_size": distributed.world_size(), "files": files, "adapter": adapter}
-    (aside / "state.json").write_text(json.dumps(header | {"state": state}))
-    _fsync(aside / "state.json")
-    _fsync(aside)
-    aside.rename(target)
-    _fsync(target.parent)
 
 
 def _read_state(path: Path, adapter: dict[str, Any] | None) -> dict[str, Any]:
@@ -204,7 +248,9 @@ def _check_adapter(path: Path, own: dict[str, Any], saved: dict[str, Any]) -> No
             f"model.path to {own['base'][:12]}; set model.path to the base that it was trained on"
         )
     if differing:
-        said = "; ".join(f"{key} is {saved.get(key, 'not set')} there, {own.get(key, 'not set')} here" for key in differing)
+        said = "; ".join(
+            f"{key} is {saved.get(key, 'not set')} there, {own.get(key, 'not set')} here" for key in differing
+        )
         raise ValueError(f"checkpoint {path} is of another adapter than model.lora: {said}")
 
 

@@ -169,6 +169,9 @@ class CheckpointConfig(Section):
     every: Count = Field(50, description="Steps between checkpoints; 0: only at the end.")
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
     keep_every: Count = Field(0, description="Keep every step that this divides, for good; 0: none.")
+    asynchronous: bool = Field(
+        False, description="Write from a copy in host memory (12 bytes a trained parameter) while training goes on."
+    )
     save_best: bool = Field(True, description="Export the policy with the best evaluation reward to best/.")
 
 

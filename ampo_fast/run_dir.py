@@ -17,6 +17,7 @@ _FREE = (
     "run.dir",
     "run.timeout_s",
     "checkpoint.every",
+    "checkpoint.asynchronous",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
 )

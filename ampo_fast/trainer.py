@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ampo_fast import distributed
-from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
+from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
+from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
@@ -54,6 +55,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         try:
             return trainer.run()
         finally:
+            trainer.checkpoints.close()
             trainer.engine.close()
 
 
@@ -91,6 +93,9 @@ class Trainer:
         }
         self.step = self._restore() if resume else 0
         require_disk(self.run_dir, self.policy, config.checkpoint)
+        self.checkpoints = CheckpointWriter(
+            self.run_dir / "checkpoints", self.policy, self.updater.optimizer, config.checkpoint
+        )
         if distributed.is_main():
             (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         self.rounds = RoundMaker(
@@ -118,6 +123,7 @@ class Trainer:
                 if stopped or self._is_checkpoint_due():
                     self._save()
             if signal:
+                self.checkpoints.wait()
                 self.progress.note(f"{signal}: saved step {self.step}; go on with --resume auto")
                 return {"run_dir": str(self.run_dir), "steps": self.step, "stopped": signal}
             return self._finish(stopped)
@@ -276,17 +282,16 @@ class Trainer:
         return self.step == self.config.run.steps or bool(every and self.step % every == 0)
 
     def _save(self) -> None:
-        root = self.run_dir / "checkpoints"
         self.state["spreads"] = self.rounds.spreads_before(self._place(self.step)[0])
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
-            save_checkpoint(root, self.step, self.policy, self.updater.optimizer, self.state)
-            distributed.on_main(lambda: prune_checkpoints(root, self.config.checkpoint))
+            self.checkpoints.save(self.step, self.state)
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         """Final evaluation, export, report and summary."""
         if self.eval_prompts and not distributed.on_main(self._is_evaluated):
             self._evaluate("after")
+        self.checkpoints.wait()
         summary = distributed.on_main(lambda: self._summarise(stopped))
         self._export("final", summary)
         distributed.on_main(lambda: write_report(self.run_dir) and None)

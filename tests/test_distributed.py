@@ -25,7 +25,7 @@ from ampo_fast.trainer import train
 
 NO_EVAL = {"prompts": 0}
 VARIANTS = {
-    "ten": {"run": {"steps": 10}},
+    "ten": {"run": {"steps": 10}, "checkpoint": {"asynchronous": True}},
     # One group a step, so that in every step one of two ranks has nothing to train on.
     "idle": {"run": {"steps": 3}, "eval": NO_EVAL, "optim": {"prompts_per_step": 1}},
     "split": {"run": {"steps": 3}, "eval": NO_EVAL, "optim": {"micro_batch_tokens": 130}},

@@ -12,7 +12,8 @@ LEVELS = [
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "lora", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
-     "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
+     "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
+     "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "split_groups", "rounds", "reward_data", "reward_text", "frozen_blocks", "reward_model", "reward_evaluation",
      "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
      "vllm_replica", "lifeline", "engines"},
@@ -72,7 +73,14 @@ def test_heavy_imports_live_in_few_modules():
         for node in ast.walk(ast.parse(path.read_text())):
             roots = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             roots += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for root in {r.split(".")[0] for r in roots} & {"transformers", "datasets", "wandb", "plotly", "vllm", "peft"}:
+            for root in {r.split(".")[0] for r in roots} & {
+                "transformers",
+                "datasets",
+                "wandb",
+                "plotly",
+                "vllm",
+                "peft",
+            }:
                 users.setdefault(root, set()).add(name)
     assert users["transformers"] == {"assets", "attention", "embeddings", "model", "reward_model", "rollouts"}
     assert users["datasets"] == {"data"}
