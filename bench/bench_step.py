@@ -1,11 +1,12 @@
 """The training step: each prompt once against once per response, and the whole on-policy step against TRL's GRPOTrainer.
 
-    python bench/bench_step.py [--parts shared,trl,memory] [--repeats 5] [--trl-steps 5]
+    python bench/bench_step.py [--parts shared,trl,memory,ranks] [--repeats 5] [--trl-steps 5]
 
 shared: forward + backward of one group of 8, SmolLM2-135M, float32; stock transformers (SDPA, an equal-length batch, the
 prompt in every row, our head) against the shared prefix, in turn; largest relative difference of the gradients.
 trl: 2 prompts x 8 completions x 32 tokens; TRL's step, then ours on 1 + 3, then ours on all 8, in turn, in one process.
 memory: peak resident memory of a run of each, every one in a process of its own.
+ranks: ten steps of a tiny model on two gloo processes against one; largest relative difference of a step's loss, float32.
 Rows go to bench/results/step.csv; the last line of output is one JSON object.
 """
 
@@ -17,6 +18,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -286,9 +288,37 @@ def measure_memory(context: dict, with_trl: bool) -> tuple[list[dict], dict]:
     return table, found
 
 
+# --- two processes against one ----------------------------------------------------------------------------------------
+
+
+def measure_ranks(context: dict) -> tuple[list[dict], dict]:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from conftest import make_tiny_model
+    from runs import command, write_run
+
+    from ampo_fast.metrics import read_metrics
+
+    losses = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_tiny_model(Path(scratch) / "model")
+        for ranks in (None, 2):
+            folder = Path(scratch) / str(ranks)
+            folder.mkdir()
+            config = write_run(folder, model, run={"steps": 10}, eval={"prompts": 0})
+            argv, env = command(config, ranks=ranks)
+            done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{ranks or 1} ranks: {done.stderr[-2000:]}")
+            losses.append([row["loss"] for row in read_metrics(folder / "runs/r/metrics.jsonl") if "loss" in row])
+    one, two = torch.tensor(losses, dtype=torch.float64)
+    worst = ((two - one).abs() / one.abs()).max().item()
+    row = {"op": "step_ranks", "variant": "2 gloo ranks", "mode": "10 steps", "shape": "tiny", "dtype": "float32", **context}
+    return [row | {"note": f"largest relative difference of a loss to one rank's {worst:.2e}"}], {"max_rel_err_2ranks": worst}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="shared,trl,memory")
+    parser.add_argument("--parts", default="shared,trl,memory,ranks")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl-steps", type=int, default=5)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -314,6 +344,10 @@ def main() -> None:
         table, ratios = measure_memory(context, "trl" in parts)
         rows.append(options.csv, table)
         found |= ratios
+    if "ranks" in parts:
+        table, errors = measure_ranks(context)
+        rows.append(options.csv, table)
+        found |= errors
     print(json.dumps(found))
     return None
 
