@@ -231,13 +231,18 @@ def _last_seen() -> str:
 def shard(root: nn.Module, blocks: Iterable[nn.Module], compute_dtype: torch.dtype, methods: Iterable[str]) -> None:
     """Shards every block and then the root over all ranks, in place; parameters, gradients and their sums are float32.
 
-    methods: forwards of the root beside `forward`. Everything outside the blocks (embedding, tied head, last norm) is
-    one unit, whole inside the root's forwards. Gradients are summed, not averaged: losses carry the global count.
+    Rank 0's values count; on the others parameters may still be on the meta device: no more than a block of them is ever
+    whole there. methods: forwards of the root beside `forward`. Everything outside the blocks (embedding, tied head, last
+    norm) is one unit, whole inside the root's forwards. Gradients are summed, not averaged: losses carry the global count.
     """
+    blocks = list(blocks)
+    inside = {module for block in blocks for module in block.modules()}
     mesh = init_device_mesh(device().type, (world_size(),))
     options = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
     for block in blocks:
+        share_values(block.modules())
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options))
+    share_values(module for module in root.modules() if module not in inside)
     # Casting the root's inputs would round rewards and reference log-probs to the compute type, and its loss.
     fully_shard(
         root, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options, output_dtype=None, cast_forward_inputs=False)
@@ -249,6 +254,28 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], compute_dtype: torch.dty
             module.set_force_sum_reduction_for_comms(True)
     for name in methods:
         register_fsdp_forward_method(root, name)
+
+
+def share_values(modules: Iterable[nn.Module]) -> None:
+    """Puts rank 0's parameters and buffers of the modules (not of their children) on every rank's device, one by one."""
+    received: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # with what it replaces: an id is reused once that is gone
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in received:  # else tied to one that came before
+                    received[id(tensor)] = tensor, _from_main(tensor)
+                tensors[name] = received[id(tensor)][1]
+
+
+def _from_main(tensor: torch.Tensor) -> torch.Tensor:
+    there = device()
+    data = tensor.detach().to(there).contiguous() if is_main() else torch.empty_like(tensor, device=there)
+    dist.broadcast(data.detach(), src=0)
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:

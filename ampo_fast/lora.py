@@ -95,7 +95,9 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, directory: Pat
     """Writes a directory that peft.PeftModel.from_pretrained reads; every rank must call it. base: the model's path."""
     distributed.reshard(model)
     tensors = {
-        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": distributed.whole(parameter.detach()).cpu().contiguous()
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": distributed.whole(parameter.detach())
+        .cpu()
+        .contiguous()
         for name, parameter in model.named_parameters()
         if is_adapter(name)
     }

@@ -1,6 +1,6 @@
 """The policy: a HuggingFace causal LM, its tokenizer, and one forward from packed groups to the loss.
 
-The only module that imports transformers' causal LMs. Parameters are float32; `dtype` is the compute type.
+Parameters are float32; `dtype` is the compute type.
 Shapes: T packed tokens, R predicted response tokens, D hidden, V vocab, B groups, M responses.
 """
 
@@ -22,6 +22,7 @@ from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
+from ampo_fast.model_files import empty_model, read_model, read_tokenizer, stop_ids
 from ampo_fast.packing import pack_responses
 from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt
 from ampo_fast.validation import nan_let_through
@@ -35,7 +36,10 @@ class Policy(nn.Module):
     Always in eval mode: dropout would make the two forwards of a response disagree.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, source: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, config: ModelConfig, source: str, found: tuple | None = None
+    ) -> None:
+        """found: (stop_ids, is_shared) as rank 0 has them, for a model whose weights are not here yet."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -43,34 +47,46 @@ class Policy(nn.Module):
         self.lora = config.lora if config.lora.rank else None
         self.compute_dtype = getattr(torch, config.dtype)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.stop_ids = _stop_ids(model, tokenizer)
+        if found:
+            self.stop_ids, self.is_shared = found
+            return
+        self.stop_ids: tuple[int, ...] = stop_ids(model, tokenizer)
         self._check_head()
-        self.is_shared = self._decide_shared(config.attention)
+        self.is_shared: bool = self._decide_shared(config.attention)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
-        """Loads model and tokenizer from a directory, a hub name, or package:NAME. Raises ValueError naming the field."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Loads model and tokenizer from a directory, a hub name, or package:NAME. Raises ValueError naming the field.
 
+        With several ranks all must call it, and then shard(): rank 0 alone reads the weights, into host memory; elsewhere
+        they are on the meta device until then.
+        """
         attention.register()
         source = resolve_model(config.path, "model.path")
-        options = {"trust_remote_code": config.trust_remote_code}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
-        if config.lora.rank:
-            lora.inject(model, config.lora)
-        return cls(model.to(distributed.device()), tokenizer, config, source)
+        if distributed.world_size() == 1:
+            return cls(
+                read_model(source, config).to(distributed.device()), read_tokenizer(source, config), config, source
+            )
+        own: list[Policy] = []
+
+        def read() -> tuple:
+            own.append(cls(read_model(source, config), read_tokenizer(source, config), config, source))
+            return own[0].stop_ids, own[0].is_shared
+
+        found = distributed.on_main(read)
+        return (
+            own[0] if own else cls(empty_model(source, config), read_tokenizer(source, config), config, source, found)
+        )
 
     @classmethod
     def load_replica(cls, config: ModelConfig) -> Policy:
         """A whole copy for sampling and scoring beside a sharded policy: parameters in the compute type, none trained,
-        no adapter of its own."""
+        no adapter of its own. All ranks must call it."""
         policy = cls.load(config.without_adapter).requires_grad_(False)
         for parameter in policy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
             parameter.data = parameter.data.to(policy.compute_dtype)
+        if distributed.world_size() > 1:
+            distributed.share_values(policy.modules())
         return policy
 
     def checkpoint_activations(self) -> Policy:
@@ -270,35 +286,6 @@ def attention_implementation(model: Any, name: str):
         config._attn_implementation = before
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The template's end-of-turn token first, then every other token that ends generation."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; put a chat_template.jinja beside it"
-        )
-    ids = [_end_of_turn(tokenizer), tokenizer.eos_token_id]
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    ids += eos if isinstance(eos, list) else [eos]
-    found = tuple(dict.fromkeys(i for i in ids if i is not None))
-    if not found:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no EOS token and its template closes no turn; "
-            "set eos_token in tokenizer_config.json"
-        )
-    return found
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes right after an assistant's words, if it writes one."""
-    marker = "ampo"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return ids[0] if ids and ids[0] in special else None
-
-
 def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit. A LoRA adapter is merged
     into it, and beside that written as adapter/.
@@ -307,11 +294,7 @@ def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) ->
     Raises RuntimeError when what was read back differs.
     """
     dtype = dtype or torch.float32
-    state = {
-        name: tensor.to("cpu", dtype)
-        for name, tensor in policy.whole_tensors()
-        if distributed.is_main()
-    }
+    state = {name: tensor.to("cpu", dtype) for name, tensor in policy.whole_tensors() if distributed.is_main()}
     first: dict[nn.Parameter, str] = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):
         if name in state:  # a tied head is one tensor under two names, or it would be written twice

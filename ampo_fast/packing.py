@@ -38,6 +38,11 @@ def kept_candidates(group: SelectedGroup) -> tuple[int, ...]:
     return (*group.positive, *group.negative)
 
 
+def count_targets(group: SelectedGroup) -> int:
+    """Response tokens that the group is trained on."""
+    return sum(len(group.scored.group.candidates[i].token_ids) for i in kept_candidates(group))
+
+
 def micro_batches(groups: Sequence[SelectedGroup], max_tokens: int) -> list[MicroBatch]:
     """The groups in order, cut into runs of at most max_tokens packed tokens; a longer group alone, in parts."""
     batches: list[MicroBatch] = []

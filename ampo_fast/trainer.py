@@ -63,13 +63,13 @@ class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
         self.policy = Policy.load(config.model)
+        if config.optim.activation_checkpointing:
+            self.policy.checkpoint_activations()
+        self.policy.shard()
         # What samples, embeds and is measured: the policy itself, or, where it is sharded, a whole copy kept up to date.
         is_alone = distributed.world_size() == 1
         self.load_whole = Policy.load if is_alone else Policy.load_replica
         self.actor = self.policy if is_alone else self.load_whole(config.model)
-        if config.optim.activation_checkpointing:
-            self.policy.checkpoint_activations()
-        self.policy.shard()
         self.train_prompts = self._prompts(config.data.train, "data.train")
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)

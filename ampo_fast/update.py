@@ -15,12 +15,20 @@ from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
-from ampo_fast.packing import MicroBatch, longest_batch, pack_micro_batch, packed_length, rank_micro_batches
+from ampo_fast.packing import (
+    MicroBatch,
+    count_targets,
+    longest_batch,
+    pack_micro_batch,
+    packed_length,
+    rank_micro_batches,
+)
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reward_data import fitted_params
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, sharing_metrics, trained_groups
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
+from ampo_fast.utilisation import utilisation
 
 _MAX_NONFINITE_STEPS = 3
 
@@ -80,6 +88,9 @@ class Updater:
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())
         metrics |= sharing_metrics(plans)
+        num_targets = sum(map(count_targets, trained))
+        seconds = progress.phase_s["forward_backward"] + progress.phase_s["optimizer"]
+        metrics |= utilisation(self.policy, metrics["num_tokens"], num_targets, seconds)
         groups = [group for part in distributed.all_gather(mine) for group in part]
         if is_comparable:
             metrics |= logp_difference(groups)

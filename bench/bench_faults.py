@@ -3,7 +3,7 @@
 A tiny model is trained, killed with SIGKILL (one rank or all; while sampling, after an update, while a checkpoint is
 written, before it gets its name, right after it, twice in a row; with checkpoints written at once and beside the training),
 and resumed as --resume auto does. Every resumed run must leave the metrics and rollouts of the run that was never stopped,
-bit for bit. One row a fault in bench/results/faults.csv; the last line is one JSON object: kills, resumed_identical (a
+bit for bit. One row a fault in bench/results/faults.csv (those of other counts of ranks stay); the last line is one JSON object: kills, resumed_identical (a
 share), steps_lost_max (finished optimizer steps that the newest checkpoint lacked).
 
 Ranks are forked from this process, which has imported everything once. A rank that comes to the place of a fault says so
@@ -73,10 +73,7 @@ def main() -> None:
         for ranks in options.ranks:
             for is_async in (False, True):
                 rows += measure(Path(scratch) / f"{ranks}{is_async}", model, ranks, is_async, options.only)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows, options.ranks)
     summary = {
         "kills": sum(row["kills"] for row in rows),
         "resumed_identical": sum(row["identical"] for row in rows) / len(rows),
@@ -101,6 +98,18 @@ def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -
             f"{ranks} ranks, {'asynchronous' if is_async else 'synchronous'}, {name}: {identical=}, {lost=}", flush=True
         )
     return rows
+
+
+def write_rows(path: Path, rows: list[dict], ranks: list[int]) -> None:
+    """Replaces the file's rows of these counts of ranks, and keeps those of the others."""
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["ranks"]) not in ranks]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + rows)
 
 
 def new_run(folder: Path, model: Path, is_async: bool) -> Path:

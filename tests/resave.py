@@ -17,6 +17,12 @@ from ampo_fast.optimizer import make_optimizer
 from ampo_fast.packing import idle_batch
 
 
+def who_waits_for_weights(model):
+    """For each rank whether its parameters are still on the meta device once rank 0 has read the files."""
+    policy = Policy.load(ModelConfig(path=model))
+    return distributed.all_gather(all(parameter.is_meta for parameter in policy.parameters()))
+
+
 def log_probs_after_loading(model, source, target):
     policy = Policy.load(ModelConfig(path=model)).shard()
     optimizer = make_optimizer(policy.parameters(), OptimConfig())
@@ -47,7 +53,11 @@ def what_a_bfloat16_forward_sees(model):
 if __name__ == "__main__":
     model, source, target = sys.argv[1:]
     with distributed.process_group(300):
-        said = {"logp": log_probs_after_loading(model, source, target), "bfloat16": what_a_bfloat16_forward_sees(model)}
+        said = {
+            "meta": who_waits_for_weights(model),
+            "logp": log_probs_after_loading(model, source, target),
+            "bfloat16": what_a_bfloat16_forward_sees(model),
+        }
         if distributed.is_main():
             print(json.dumps(said), flush=True)
     os._exit(0)  # as the command does: Python's shutdown and gloo's threads do not always agree

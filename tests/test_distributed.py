@@ -146,6 +146,7 @@ def test_two_to_one_to_four_ranks(two_ranks, tiny_model, tmp_path):
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout)
+    assert said["meta"] == [False, True, True, True]  # only rank 0 ever holds the whole model
     seen_by_four = torch.tensor(said["logp"])
     # bfloat16 would round -1234.56 to -1232: what the loss meets, and what is kept, is float32.
     assert said["bfloat16"]["ref"] == pytest.approx([-1234.56, -3.25], abs=1e-4)
