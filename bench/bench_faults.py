@@ -3,8 +3,8 @@
 A tiny model is trained, killed with SIGKILL (one rank or all; while sampling, after an update, while a checkpoint is
 written, before it gets its name, right after it, twice in a row; with checkpoints written at once and beside the training),
 and resumed as --resume auto does. Every resumed run must leave the metrics and rollouts of the run that was never stopped,
-bit for bit. One row a fault in bench/results/faults.csv (those of other counts of ranks stay); the last line is one JSON object: kills, resumed_identical (a
-share), steps_lost_max (finished optimizer steps that the newest checkpoint lacked).
+bit for bit. One row a fault in bench/results/faults.csv, where those of other counts of ranks stay; the last line is one JSON
+object: kills, resumed_identical (a share), steps_lost_max (finished optimizer steps that the newest checkpoint lacked).
 
 Ranks are forked from this process, which has imported everything once. A rank that comes to the place of a fault says so
 and waits there, so that the kill hits that place and not the one after.
