@@ -312,8 +312,17 @@ def measure_ranks(context: dict) -> tuple[list[dict], dict]:
             losses.append([row["loss"] for row in read_metrics(folder / "runs/r/metrics.jsonl") if "loss" in row])
     one, two = torch.tensor(losses, dtype=torch.float64)
     worst = ((two - one).abs() / one.abs()).max().item()
-    row = {"op": "step_ranks", "variant": "2 gloo ranks", "mode": "10 steps", "shape": "tiny", "dtype": "float32", **context}
-    return [row | {"note": f"largest relative difference of a loss to one rank's {worst:.2e}"}], {"max_rel_err_2ranks": worst}
+    row = {
+        "op": "step_ranks",
+        "variant": "2 gloo ranks",
+        "mode": "10 steps",
+        "shape": "tiny",
+        "dtype": "float32",
+        **context,
+    }
+    return [row | {"note": f"largest relative difference of a loss to one rank's {worst:.2e}"}], {
+        "max_rel_err_2ranks": worst
+    }
 
 
 def main() -> None:

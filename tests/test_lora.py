@@ -97,7 +97,9 @@ def test_the_export_is_a_merged_model_and_a_peft_adapter(tiny_model, tmp_path):
     expected = response_logp(policy, GROUPS, 1000)
     merged = Policy.load(ModelConfig(path=str(tmp_path / "final")))
     torch.testing.assert_close(response_logp(merged, GROUPS, 1000), expected, atol=1e-5, rtol=0)
-    assert not [name for name in load_file(tmp_path / "final/model.safetensors") if "lora" in name or "base_layer" in name]
+    assert not [
+        name for name in load_file(tmp_path / "final/model.safetensors") if "lora" in name or "base_layer" in name
+    ]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with_adapter = PeftModel.from_pretrained(base, tmp_path / "final/adapter").eval()
     ids = torch.tensor([[0, 3, 10, 11, 20, 21]])
