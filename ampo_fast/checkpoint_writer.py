@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from ampo_fast import distributed
@@ -32,9 +31,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, policy: Policy, optimizer: torch.optim.Optimizer, config: CheckpointConfig) -> None:
         self.root, self.policy, self.optimizer, self.config = root, policy, optimizer, config
-        # The writers' own group: their collectives must not meet those of the training that goes on.
-        needs_group = config.asynchronous and distributed.world_size() > 1
-        self._group = dist.new_group(backend="gloo") if needs_group else None
+        self._group = distributed.second_group() if config.asynchronous else None
         self._stager = BlockingAsyncStager()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None

@@ -79,6 +79,13 @@ def process_group(timeout_s: float) -> Iterator[None]:
     _store = None
 
 
+def second_group() -> dist.ProcessGroup | None:
+    """All ranks again, on gloo, for a thread whose collectives must not meet those of the main one; None for one process."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_timeout_s))
+
+
 def _environment() -> tuple[int, int]:
     """(rank, world size) as torchrun sets them."""
     values = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
