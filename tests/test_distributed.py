@@ -139,6 +139,22 @@ def test_the_export_of_shards_is_the_checkpoint_and_loads_on_one_rank(two_ranks)
     assert {float(optimizer.state[p]["step"]) for p in policy.parameters()} == {10.0}
 
 
+@pytest.mark.skipif("lora" not in VARIANTS, reason="needs peft")
+def test_the_adapter_of_two_ranks_is_that_of_one_and_loads_on_one(one_rank, two_ranks, tiny_model):
+    one, two = (load_file(root / "lora/final/adapter/adapter_model.safetensors") for root in (one_rank, two_ranks))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    start, end = (load_file(Path(d) / "model.safetensors") for d in (tiny_model, two_ranks / "lora/final"))
+    assert start.keys() == end.keys()
+    assert sum(not torch.equal(start[name], end[name]) for name in end) == 14
+    policy = Policy.load(ModelConfig(path=str(tiny_model), lora={"rank": 4}))
+    (_, newest) = checkpoint_dirs(two_ranks / "lora/checkpoints")[-1]
+    load_checkpoint(newest, policy, make_optimizer(policy.parameters(), OptimConfig()))  # the same hash of the base
+    saved = {f"base_model.model.{n.replace('.default.', '.')}": p for n, p in policy.model.named_parameters()}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in two.items())
+
+
 def test_two_to_one_to_four_ranks(two_ranks, tiny_model, tmp_path):
     """A checkpoint of two ranks, saved again by four, holds the same bits for one."""
     (_, newest) = checkpoint_dirs(two_ranks / "ten/checkpoints")[-1]
