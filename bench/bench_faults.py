@@ -3,8 +3,9 @@
 A tiny model is trained, killed with SIGKILL (one rank or all; while sampling, after an update, while a checkpoint is
 written, before it gets its name, right after it, twice in a row; with checkpoints written at once and beside the training),
 and resumed as --resume auto does. Every resumed run must leave the metrics and rollouts of the run that was never stopped,
-bit for bit. One row a fault in bench/results/faults.csv, where those of other counts of ranks stay; the last line is one JSON
-object: kills, resumed_identical (a share), steps_lost_max (finished optimizer steps that the newest checkpoint lacked).
+bit for bit. One row a fault in bench/results/faults.csv, in the place of its older one; the last line is one JSON object over
+all rows of the file: kills, resumed_identical (a share), steps_lost_max (finished optimizer steps that the newest checkpoint
+lacked).
 
 Ranks are forked from this process, which has imported everything once. A rank that comes to the place of a fault says so
 and waits there, so that the kill hits that place and not the one after.
@@ -23,10 +24,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -67,23 +67,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/faults.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(Path(scratch) / "model")
         for ranks in options.ranks:
             for is_async in (False, True):
-                rows += measure(Path(scratch) / f"{ranks}{is_async}", model, ranks, is_async, options.only)
-    write_rows(options.out, rows, options.ranks)
+                for row in measure(Path(scratch) / f"{ranks}{is_async}", model, ranks, is_async, options.only):
+                    rows = write_row(options.out, row)
     summary = {
-        "kills": sum(row["kills"] for row in rows),
-        "resumed_identical": sum(row["identical"] for row in rows) / len(rows),
-        "steps_lost_max": max(row["steps_lost"] for row in rows),
+        "kills": sum(int(row["kills"]) for row in rows),
+        "resumed_identical": sum(row["identical"] == "True" for row in rows) / len(rows),
+        "steps_lost_max": max(int(row["steps_lost"]) for row in rows),
     }
     print(json.dumps(summary))
 
 
-def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -> list[dict]:
-    whole, rows = new_run(scratch / "whole", model, is_async), []
+def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -> Iterator[dict]:
+    whole = new_run(scratch / "whole", model, is_async)
     finish(start(whole, ranks))
     for i, (name, places, victim) in enumerate(FAULTS):
         if only not in name:
@@ -93,23 +92,26 @@ def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -
         finish(start(run, ranks, is_resumed=True))
         identical = is_identical(run_dir(whole), run_dir(run))
         row = {"fault": name, "ranks": ranks, "asynchronous": is_async, "kills": len(places), "steps_lost": max(lost)}
-        rows.append(row | {"identical": identical, "seconds": f"{time.monotonic() - started:.1f}"} | machine())
         print(
             f"{ranks} ranks, {'asynchronous' if is_async else 'synchronous'}, {name}: {identical=}, {lost=}", flush=True
         )
-    return rows
+        yield row | {"identical": identical, "seconds": f"{time.monotonic() - started:.1f}"} | machine()
 
 
-def write_rows(path: Path, rows: list[dict], ranks: list[int]) -> None:
-    """Replaces the file's rows of these counts of ranks, and keeps those of the others."""
-    kept = []
+def write_row(path: Path, row: dict) -> list[dict[str, str]]:
+    """Puts the row in the place of an older one of the same fault; -> all rows of the file."""
+    rows = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["ranks"]) not in ranks]
+            rows = list(csv.DictReader(file))
+    row = {key: str(value) for key, value in row.items()}
+    key = ("fault", "ranks", "asynchronous")
+    rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows(rows)
+    return rows
 
 
 def new_run(folder: Path, model: Path, is_async: bool) -> Path:
@@ -161,9 +163,13 @@ class Rank:
 
 
 def _child(work: Callable[[Callable[[], None]], None], told: int, log: Path) -> None:
+    parent = os.getppid()
+
     def arrive() -> None:
         os.write(told, b"x")
-        threading.Event().wait()  # until the kill
+        while os.getppid() == parent:  # until the kill, or the end of this bench
+            time.sleep(0.1)
+        os._exit(1)
 
     status = 1
     try:
