@@ -18,6 +18,10 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+ADVANCED = {"advanced": True}
+"""Marks a field that help leaves out and everything else knows."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -73,7 +77,10 @@ class ModelConfig(Section):
         description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
-    lora: LoraConfig = Field(default_factory=LoraConfig)
+    lora: LoraConfig = Field(
+        default_factory=LoraConfig,
+        description="--model.lora.rank 16 trains an adapter instead of all parameters; needs ampo_fast[lora].",
+    )
 
     @property
     def without_adapter(self) -> ModelConfig:
@@ -120,7 +127,7 @@ class EmbedConfig(Section):
     model: str = Field(
         "package:all-minilm-l6-v2", description='A sentence encoder, or "policy": mean-pooled hidden states.'
     )
-    batch_rows: Positive = 64
+    batch_rows: Positive = Field(64, description="Texts embedded together.", json_schema_extra=ADVANCED)
 
 
 class SelectConfig(Section):
@@ -222,13 +229,16 @@ class Config(Section):
         return self.run.dir / self.run.name
 
 
-def field_paths(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("section.field", FieldInfo) for every visible field."""
+def field_paths(section: type[Section] = Config, prefix: str = "", is_full: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yields ("section.field", FieldInfo) for every visible field; a section within a section is one, like model.lora.
+
+    is_full: also the advanced ones and those of inner sections.
+    """
     for name, info in section.model_fields.items():
         is_section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-        if is_section:
-            yield from field_paths(info.annotation, f"{prefix}{name}.")
-        else:
+        if is_section and (is_full or not prefix):
+            yield from field_paths(info.annotation, f"{prefix}{name}.", is_full)
+        elif is_full or info.json_schema_extra != ADVANCED:
             yield f"{prefix}{name}", info
 
 
@@ -307,7 +317,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _describe(problem: Any, schema: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = [path for path, _ in field_paths(schema)] + list(schema.model_fields)
+        names = [path for path, _ in field_paths(schema, is_full=True)] + list(schema.model_fields)
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"unknown key {key}{hint}"

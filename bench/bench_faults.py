@@ -1,4 +1,4 @@
-"""Kills runs in many places and resumes them: `python bench/bench_faults.py [--ranks 1 2] [--only TEXT] [--out FILE]`.
+"""Kills runs in many places and resumes them: `python bench/bench_faults.py [--ranks 1 2] [--only TEXT] [--missing]`.
 
 A tiny model is trained, killed with SIGKILL (one rank or all; while sampling, after an update, while a checkpoint is
 written, before it gets its name, right after it, twice in a row; with checkpoints written at once and beside the training),
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,14 +65,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", default="", help="faults whose name has this text")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/faults.csv")
+    parser.add_argument("--missing", action="store_true", help="only faults that have no row in --out yet")
     options = parser.parse_args()
+    known = read_rows(options.out) if options.missing else []
+    done = {(row["fault"], int(row["ranks"]), row["asynchronous"] == "True") for row in known}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(Path(scratch) / "model")
         for ranks in options.ranks:
             for is_async in (False, True):
-                for row in measure(Path(scratch) / f"{ranks}{is_async}", model, ranks, is_async, options.only):
-                    rows = write_row(options.out, row)
+                faults = [f for f in FAULTS if options.only in f[0] and (f[0], ranks, is_async) not in done]
+                for row in measure(Path(scratch) / f"{ranks}{is_async}", model, ranks, is_async, faults):
+                    write_row(options.out, row)
+    rows = read_rows(options.out)
     summary = {
         "kills": sum(int(row["kills"]) for row in rows),
         "resumed_identical": sum(row["identical"] == "True" for row in rows) / len(rows),
@@ -81,12 +86,12 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -> Iterator[dict]:
+def measure(scratch: Path, model: Path, ranks: int, is_async: bool, faults: Sequence[tuple]) -> Iterator[dict]:
+    if not faults:
+        return
     whole = new_run(scratch / "whole", model, is_async)
     finish(start(whole, ranks))
-    for i, (name, places, victim) in enumerate(FAULTS):
-        if only not in name:
-            continue
+    for i, (name, places, victim) in enumerate(faults):
         run, started = new_run(scratch / f"run{i}", model, is_async), time.monotonic()
         lost = [kill_at(run, ranks, place, victim, is_resumed=at > 0) for at, place in enumerate(places)]
         finish(start(run, ranks, is_resumed=True))
@@ -98,20 +103,22 @@ def measure(scratch: Path, model: Path, ranks: int, is_async: bool, only: str) -
         yield row | {"identical": identical, "seconds": f"{time.monotonic() - started:.1f}"} | machine()
 
 
-def write_row(path: Path, row: dict) -> list[dict[str, str]]:
-    """Puts the row in the place of an older one of the same fault; -> all rows of the file."""
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Puts the row in the place of an older one of the same fault."""
     row = {key: str(value) for key, value in row.items()}
     key = ("fault", "ranks", "asynchronous")
-    rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
+    rows = [old for old in read_rows(path) if any(old[name] != row[name] for name in key)] + [row]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return rows
 
 
 def new_run(folder: Path, model: Path, is_async: bool) -> Path:
