@@ -18,7 +18,7 @@ from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import idle_batch, longest_batch, pack, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reward_data import fitted_params
-from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, trained_groups
+from ampo_fast.step_metrics import TrainedGroup, is_fresh, logp_difference, policy_metrics, trained_groups
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 
 _MAX_NONFINITE_STEPS = 3
@@ -60,7 +60,7 @@ class Updater:
 
         selected: the step's groups over all ranks, the same on each; each rank trains on its share. Every micro-batch's
         loss is divided by the global count of trained groups, so that any split over micro-batches and ranks gives the
-        same step. is_comparable: whether the engine's log-probs are of the distribution that is trained. num_tokens
+        same step. is_comparable: whether the engine's log-probs are at the temperature that is trained. num_tokens
         counts this step's tokens over all ranks.
         """
         config = self.config.optim
@@ -77,7 +77,7 @@ class Updater:
         metrics["num_tokens"] = int(sums[1].item())
         groups = [group for part in distributed.all_gather(mine) for group in part]
         if is_comparable:
-            metrics |= logp_difference(groups)
+            metrics |= logp_difference(groups, is_fresh(trained, step))
         return metrics | policy_metrics(groups)
 
     def preflight(self, longest_prompt: int) -> int:

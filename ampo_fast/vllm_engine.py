@@ -31,10 +31,13 @@ class VllmEngine:
         self._vllm = _import_vllm()
         self._llm: Any = None
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def start(self) -> None:
         if self._llm is None:
             self._start()
             self._check()
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        self.start()
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
         fields = [request_fields(self.policy, prompt.id, n, sampling) for prompt in prompts]
         answers = self._complete(encoded, fields)

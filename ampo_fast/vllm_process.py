@@ -38,6 +38,7 @@ class VllmProcess:
         self._key = secrets.token_urlsafe(32)
         self._output = Path(tempfile.mkdtemp(prefix="ampo-fast-")) / f"{name}.log"
         self._process: subprocess.Popen | None = None
+        self._is_closed = False
         self.client: JsonClient | None = None
 
     def start(self, attempts: int = 3) -> JsonClient:
@@ -57,6 +58,8 @@ class VllmProcess:
         raise AssertionError("unreachable")
 
     def _launch(self, port: int) -> None:
+        if self._is_closed:
+            raise ServerDied(f"{self.name} was closed")
         env = os.environ | {"VLLM_API_KEY": self._key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         env.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # pickle from the network: never
         if self._device is not None:
@@ -72,7 +75,7 @@ class VllmProcess:
         client = JsonClient(f"http://{host}:{port}", self._key, self.options.request_timeout_s)
         deadline = time.monotonic() + self.options.start_timeout_s
         while time.monotonic() < deadline:
-            if not self.is_alive():
+            if self._is_closed or not self.is_alive():
                 raise ServerDied(f"{self.name} ended while starting; its output ends:\n{self.output_tail()}")
             with suppress(HttpError):
                 client.get("/health", timeout_s=2.0)
@@ -110,6 +113,8 @@ class VllmProcess:
         self._process.wait()
 
     def close(self) -> None:
+        """Ends the server for good, also while another thread starts it again."""
+        self._is_closed = True
         self.kill()
         self._output.unlink(missing_ok=True)
         with suppress(OSError):
