@@ -13,7 +13,7 @@ from ampo_fast.canary import Canary
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
-from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
+from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, BadAnswer, read_candidate, request_fields
 
 
 class VllmEngine:
@@ -76,6 +76,7 @@ class VllmEngine:
             dtype=self.dtype,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            hf_overrides=HEAD_IN_FLOAT32,
             enable_prefix_caching=True,
             enforce_eager=options.enforce_eager,
             gpu_memory_utilization=options.memory_share,

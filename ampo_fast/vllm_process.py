@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
+from ampo_fast.vllm_requests import HEAD_IN_FLOAT32
 
 _TAIL_BYTES = 3000
 
@@ -131,7 +133,8 @@ def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int]
     command = [
         sys.executable, "-m", *_entry_point(model), "--host", options.host, "--dtype", dtype,
         "--served-model-name", "policy", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-        "--enable-prefix-caching", "--gpu-memory-utilization", str(options.memory_share),
+        "--hf-overrides", json.dumps(HEAD_IN_FLOAT32), "--enable-prefix-caching",
+        "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,24 @@ def test_when_no_server_is_left_the_error_has_its_last_words_and_the_finished_gr
         engine.generate(PROMPTS, 3, SAMPLING)
     assert engine.replicas[0].process._key not in str(caught.value)
     assert len(caught.value.finished) < len(PROMPTS)
+
+
+def test_closed_while_another_thread_generates_it_hands_over_what_was_finished_and_starts_nothing(make, tmp_path):
+    engine = make()
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    before = len(answered(tmp_path))
+    (tmp_path / "fault.hang").touch()
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(engine.generate, PROMPTS, 3, SAMPLING)
+        deadline = time.monotonic() + 20
+        while len(answered(tmp_path)) < before + len(PROMPTS) - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        engine.close()
+        with pytest.raises(IncompleteBatch, match="the engine was closed") as caught:
+            under_way.result(timeout=10)
+    assert len(caught.value.finished) == len(PROMPTS) - 1
+    assert engine.replicas[0].generation == 0
+    assert not engine.replicas[0].process.is_alive()
 
 
 def test_a_server_that_cannot_start_says_why(make, monkeypatch):
