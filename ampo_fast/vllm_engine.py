@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -123,6 +124,21 @@ class _Vllm:
         from vllm.inputs import TokensPrompt
 
         self.LLM, self.SamplingParams, self.TokensPrompt = LLM, SamplingParams, TokensPrompt
+
+
+def transfer_api() -> SimpleNamespace:
+    """The names of vLLM's weight-transfer API that vllm_transfer uses. Raises ValueError where vllm has none."""
+    try:
+        from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    except ImportError as error:
+        raise ValueError(
+            f'rollout.options.transfer = "nccl" needs the weight-transfer API of vllm >= 0.32 in the trainer\'s environment '
+            f'({error}); set rollout.options.transfer = "file"'
+        ) from error
+    return SimpleNamespace(
+        ParamMeta=ParamMeta, WeightSource=WeightSource, Factory=WeightTransferTrainerFactory, TrainerInfo=NCCLTrainerInitInfo
+    )  # fmt: skip
 
 
 def _import_vllm() -> _Vllm:

@@ -49,7 +49,7 @@ class VllmProcess:
         The free port may be taken before the server binds it: then another one is tried.
         """
         for attempt in range(attempts):
-            port = _free_port(self.options.host)
+            port = free_port(self.options.host)
             self._launch(port)
             try:
                 return self._wait(port)
@@ -137,6 +137,7 @@ def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int]
         "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
+        *(["--weight-transfer-config", json.dumps({"backend": "nccl"})] if options.transfer == "nccl" else []),
     ]  # fmt: skip
     return lambda port: [*command, "--port", str(port)]
 
@@ -158,7 +159,8 @@ def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[Vllm
     return [VllmProcess(f"vllm-server-{i}", command, options, device) for i, device in enumerate(devices)]
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port of this host that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

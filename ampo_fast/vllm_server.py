@@ -143,14 +143,23 @@ class VllmServerEngine:
         self._sync(version, named_tensors)
 
     def _sync(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        before, self._weights = self._weights, self._write(version, named_tensors)
+        hand_over = self._hand_over if self.options.transfer == "nccl" else self._hand_over_files
         self.canary.renew()
-        usable = self._usable()
-        with ThreadPoolExecutor(len(usable)) as pool:
-            list(pool.map(self._load, usable))
+        hand_over(version, named_tensors)
         for replica in self._usable():
             self._check(replica)
         self.version = version
+
+    def _hand_over(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        weights = list(named_tensors)  # the trainer's own: nothing is copied
+        for replica in self._usable():
+            replica.receive(version, weights, self.compute_dtype)
+
+    def _hand_over_files(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        before, self._weights = self._weights, self._write(version, named_tensors)
+        usable = self._usable()
+        with ThreadPoolExecutor(len(usable)) as pool:
+            list(pool.map(self._load, usable))
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
 

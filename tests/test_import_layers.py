@@ -15,7 +15,7 @@ LEVELS = [
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "rounds", "reward_data", "reward_text", "frozen_blocks", "reward_model", "reward_evaluation",
      "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
-     "vllm_replica", "lifeline", "engines", "lookahead"},
+     "vllm_replica", "lifeline", "engines", "lookahead", "vllm_transfer"},
     {"report", "preview", "stages", "inspect_rows"},
     {"trainer", "reward_training", "evaluate"},
     {"cli"},

@@ -199,7 +199,7 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(make, policy, monke
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = [taken.getsockname()[1], free_port()]
-        monkeypatch.setattr(vllm_process, "_free_port", lambda host: ports.pop(0))
+        monkeypatch.setattr(vllm_process, "free_port", lambda host: ports.pop(0))
         engine = make()
         assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
     assert not ports
