@@ -33,7 +33,7 @@ class WeightTransfer:
         self._api, self._name, self._options = api, name, options
         self._world_size = 1 + _num_workers(name, client)
         self._calls = _ServerCalls(client, options.sync_timeout_s)
-        self._source = _make_source(api, dtype)
+        self._source = make_source(api, dtype)
         self._sender: Any = None
 
     def send(self, version: int, weights: Weights) -> None:
@@ -96,7 +96,9 @@ def _num_workers(name: str, client: JsonClient) -> int:
     return int(parallel.get("world_size", 1)) * int(parallel.get("data_parallel_size", 1))
 
 
-def _make_source(api: Any, dtype: torch.dtype) -> Any:
+def make_source(api: Any, dtype: torch.dtype) -> Any:
+    """vLLM's WeightSource over `weights`, which the caller sets for each version."""
+
     class Source(api.WeightSource):
         """The newest weights, in vLLM's two channels: what will come, and the tensors, cast one at a time."""
 

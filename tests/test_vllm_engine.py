@@ -82,6 +82,15 @@ def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path)
 
 
 @needs_vllm
+def test_vllm_has_the_weight_transfer_api_that_the_adapter_was_written_for():
+    """Its shape alone: NCCL needs GPUs."""
+    result = case("transfer", "-")
+    assert result["missing_routes"] == []
+    assert result["world_size"] == 3
+    assert result["metadata"] == [["a.weight", "torch.bfloat16", [2, 3]]]
+
+
+@needs_vllm
 def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
     result = case("sync", served_model)
     assert max(result["gaps"]) <= 0.001

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ampo_fast import vllm_replica
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError
 from ampo_fast.vllm_transfer import ROUTES, WeightTransfer
@@ -28,8 +29,9 @@ class FakeClient:
     def get(self, path):
         return self.answers[path]
 
-    def post(self, path, body, timeout_s):
+    def post(self, path, body=None, timeout_s=None):
         self.calls.append((path, body))
+        return {"success": True}
 
 
 class FakeSender:
@@ -86,6 +88,15 @@ def test_one_rendezvous_then_start_update_and_finish_for_every_version(api, send
     assert [name for name, _ in sender.received] == 2 * ["a.weight", "lm_head.weight"]
     assert {tensor.dtype for _, tensor in sender.received} == {torch.bfloat16}
     torch.testing.assert_close(sender.received[0][1].float(), WEIGHTS[0][1])
+
+
+def test_a_replica_forgets_its_keys_and_values_after_the_weights_and_is_never_started_again(api, monkeypatch):
+    monkeypatch.setattr(vllm_replica, "transfer_api", lambda: api)
+    client = FakeClient()
+    replica = vllm_replica.Replica("server-0", VllmConfig(transfer="nccl", restarts=3), process=object(), client=client)
+    replica.receive(1, WEIGHTS, torch.float32)
+    assert [path for path, _ in client.calls][-2:] == [ROUTES["finish"], "/reset_prefix_cache"]
+    assert replica.restarts_left == 0
 
 
 @pytest.mark.parametrize(
