@@ -17,6 +17,8 @@ from typing import Any
 TRACE_FILE = "trace.jsonl"
 
 Span = dict[str, Any]
+_SHORTEST_S = 1e-3
+"""Shorter spans are dropped: nobody could see them."""
 
 
 class Trace:
@@ -27,7 +29,7 @@ class Trace:
         self._lock = threading.Lock()
 
     def add(self, lane: str, name: str, start: float, end: float) -> None:
-        if self._path is None:
+        if self._path is None or end - start < _SHORTEST_S:
             return
         line = json.dumps({"lane": lane, "name": name, "start": round(start, 4), "end": round(end, 4)})
         with self._lock, self._path.open("a", encoding="utf-8") as file:
