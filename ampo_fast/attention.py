@@ -112,11 +112,8 @@ def _by_pieces(
     sliding_window: int | None,
 ) -> torch.Tensor:
     options = {"scale": scale, "softcap": softcap}
-    groups = query.shape[1] // key.shape[1]
     # split, not slices: the backward of a slice writes a full-size gradient, the backward of split is one cat.
-    query_pieces = query.split(segments.piece_lengths, dim=2)
-    key_pieces = key.repeat_interleave(groups, dim=1).split(segments.piece_lengths, dim=2)
-    value_pieces = value.repeat_interleave(groups, dim=1).split(segments.piece_lengths, dim=2)
+    query_pieces, key_pieces, value_pieces = (x.split(segments.piece_lengths, dim=2) for x in (query, key, value))
     out, i = [], 0
     for num_responses in segments.responses_per_group:
         prompt_key, prompt_value = key_pieces[i], value_pieces[i]
@@ -146,7 +143,11 @@ def _attend(
 ) -> torch.Tensor:
     """softmax(cap(q k^T scale) + mask) v; torch's kernel where there is no cap, which it does not know; None: causal."""
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+        # Query heads read their shared key head in place: repeating it first takes a tenth longer on a CPU.
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     work = torch.promote_types(scores.dtype, torch.float32)
     return torch.softmax(scores + mask, dim=-1, dtype=work).to(value.dtype) @ value
