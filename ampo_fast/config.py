@@ -97,6 +97,11 @@ class RolloutConfig(Section):
     n: Annotated[int, Field(ge=2)] = Field(8, description="Candidates per prompt.")
     prompts_per_round: Count = Field(0, description="Prompts answered before training on them; 0: one step's worth.")
     updates_per_round: Positive = Field(1, description="Passes over a round's groups before the next round.")
+    max_staleness: Annotated[int, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="Rounds that sampling may be ahead of training. 0: one after the other, strictly on-policy. "
+        "Default: 1 for vllm-server, 0 for the others, which share the trainer's cores.",
+    )
     temperature: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Of sampling; the loss is at 1.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1: off.")
     top_k: Count = Field(0, description="0: off.")
@@ -218,11 +223,26 @@ class Config(Section):
             raise ValueError(
                 'reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards'
             )
+        if self.max_staleness and self.rollout.engine != "vllm-server":
+            raise ValueError(
+                f"rollout.max_staleness = {self.max_staleness} needs an engine that samples beside the trainer: "
+                f'rollout.engine = "{self.rollout.engine}" shares its cores or GPU; set rollout.engine = "vllm-server" or '
+                "rollout.max_staleness = 0"
+            )
         return self
 
     @property
     def prompts_per_round(self) -> int:
         return self.rollout.prompts_per_round or self.optim.prompts_per_step
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.prompts_per_round // self.optim.prompts_per_step * self.rollout.updates_per_round
+
+    @property
+    def max_staleness(self) -> int:
+        given = self.rollout.max_staleness
+        return int(self.rollout.engine == "vllm-server") if given is None else given
 
     @property
     def run_dir(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,6 +27,12 @@ class VllmConfig(Section):
     )
     key_env: str = Field("VLLM_API_KEY", description="Environment variable with the key of base_urls.")
     sync_dir: Path | None = Field(None, description="Where weights are handed over; servers elsewhere must see it too.")
+    transfer: Literal["file", "nccl"] = Field(
+        "file",
+        description="How servers get the weights: safetensors in sync_dir, or GPU to GPU by vLLM's weight-transfer API "
+        "(not yet run on a GPU; a server that dies is then not started again).",
+    )
+    transfer_host: str = Field("127.0.0.1", description='Our address as the servers of transfer = "nccl" reach it.')
     memory_share: Share = Field(0.4, description="Of the GPU, for weights and keys and values (unused on a CPU).")
     max_model_len: Count = Field(0, description="Prompt + response tokens; 0: the model's own limit.")
     enforce_eager: bool = Field(False, description="No CUDA graphs or compilation: starts faster, samples slower.")

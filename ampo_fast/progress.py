@@ -33,7 +33,8 @@ class TrainingProgress:
 
     `phase_s` holds the seconds per phase since the last `step_done`. A phase within a phase is
     shown while it runs, and its seconds belong to the outer one. The time left is remaining steps x
-    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that begins.
+    the mean phase seconds of a step, evaluations not counted. `on_phase` is told of every phase that begins, `on_span` of
+    every outermost one that ended: (name, start, end) in seconds since 1970.
     For other long work name its `unit`, and give `plain_interval_s` so that the plain form prints at most one line in
     that time.
     """
@@ -48,8 +49,9 @@ class TrainingProgress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
         on_phase: Callable[[str], None] = lambda name: None,
+        on_span: Callable[[str, float, float], None] = lambda name, start, end: None,
     ) -> None:
-        self._on_phase = on_phase
+        self._on_phase, self._on_span = on_phase, on_span
         self.phase_s: dict[str, float] = {}
         self._total_s: dict[str, float] = {}
         self._total_steps, self._step, self._start_step = total_steps, start_step, start_step
@@ -89,6 +91,8 @@ class TrainingProgress:
                 seconds = self._clock() - started
                 self.phase_s[name] = self.phase_s.get(name, 0.0) + seconds
                 self._total_s[name] = self._total_s.get(name, 0.0) + seconds
+                now = time.time()
+                self._on_span(name, now - seconds, now)
 
     def advance(self, count: int = 1) -> None:
         """Moves the running phase on by `count`; outside a phase it does nothing."""

@@ -25,6 +25,10 @@ class RolloutEngine(Protocol):
     sync_metrics: Mapping[str, float]
     """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
 
+    def start(self) -> None:
+        """Makes it ready to answer with the policy's weights as they are; where it is ready nothing happens."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
         ...
@@ -76,6 +80,9 @@ class DataEngine:
         self.policy = policy
         self.version = 0
 
+    def start(self) -> None:
+        pass
+
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
 
@@ -112,6 +119,9 @@ class TransformersEngine:
         self.policy = policy
         self.batch_rows = batch_rows
         self.version = 0
+
+    def start(self) -> None:
+        pass
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = self.policy.model.state_dict()

@@ -1,4 +1,7 @@
-"""A round's groups: sampled, scored, selected and written to rollouts/ once, then trained on step by step."""
+"""A round's groups: sampled, scored, selected and written to rollouts/ once, then trained on step by step.
+
+With rollout.max_staleness = 1 the next round is sampled ahead, by the weights that this one's training began with.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
+from ampo_fast.lookahead import Lookahead
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
@@ -15,6 +19,7 @@ from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import RowWriter, group_from_row, raw_rewards, read_embeddings, read_rows, write_rows_atomic
+from ampo_fast.trace import Trace
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup, SelectedGroup
 
 
@@ -31,6 +36,7 @@ class RoundMaker:
         embedder: Embedder,
         rollout_dir: Path,
         spreads: Sequence[float],
+        trace: Trace,
     ) -> None:
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self.reward_fn, self.embedder, self.rollout_dir = reward_fn, embedder, rollout_dir
@@ -39,30 +45,76 @@ class RoundMaker:
         self._spreads_before_newest = list(spreads)
         self._newest: tuple[int, list[SelectedGroup]] | None = None
         self._written: list[SelectedGroup] = []
+        self._ahead = Lookahead(trace) if config.max_staleness else None
+        self.overlap_metrics: dict[str, float] = {}
+        """Of the newest round, where it was sampled ahead: seconds that took, and those that nobody waited for."""
 
-    def selected(self, index: int, first_step: int, step: int, progress: TrainingProgress) -> list[SelectedGroup]:
-        """The groups of round `index`, whose first step is `first_step`; `step` steps are done."""
+    def selected(self, index: int, step: int, progress: TrainingProgress) -> list[SelectedGroup]:
+        """The groups of round `index`; `step` steps are done."""
         if self._newest is not None and self._newest[0] == index:
             return self._newest[1]
-        prompts = self.sampler.round(index)
-        path = self.rollout_dir / f"step_{first_step + 1:06d}.jsonl"
+        path = self._path(index)
         self._spreads_before_newest = list(self.tolerance.spreads)
         # Left by the run that is being resumed, and equal to what would be sampled again.
         if distributed.on_main(path.exists):
-            selected = self._select(lambda: self._reload(path, prompts), path, progress)
-        elif step != first_step:
+            self._begin_next(index)
+            selected = self._select(lambda: self._reload(index), path, progress)
+        elif step != self._first_step(index):
             raise ValueError(f"{path} is missing and cannot be sampled again: the policy has moved on since")
         else:
-            own = _partial(path, distributed.rank())
-            groups = self._generate(prompts, first_step, own, progress)
-            with progress.phase("score"):
-                scored = score_groups(groups, self.reward_fn, self.embedder, self.config)
-            with progress.phase("gather"):
-                parts = distributed.gather(scored)
-            selected = self._select(lambda: _in_order(parts, prompts), path, progress)
-            own.unlink(missing_ok=True)  # still there where the ranks share no disk
+            selected = self._make(index, progress)
         self._newest = index, selected
         return selected
+
+    def _make(self, index: int, progress: TrainingProgress) -> list[SelectedGroup]:
+        groups = self._groups(index, progress)
+        self._begin_next(index)
+        with progress.phase("score"):
+            scored = score_groups(groups, self.reward_fn, self.embedder, self.config)
+        with progress.phase("gather"):
+            parts = distributed.gather(scored)
+        selected = self._select(lambda: _in_order(parts, self.sampler.round(index)), self._path(index), progress)
+        self._partial(index).unlink(missing_ok=True)  # still there where the ranks share no disk
+        return selected
+
+    # --- sampling, here or ahead ----------------------------------------------------------------------------------
+
+    def _groups(self, index: int, progress: TrainingProgress) -> list[CandidateGroup]:
+        """This rank's groups of the round: those sampled ahead, or sampled now."""
+        self.overlap_metrics = {}
+        if self._ahead is not None:
+            with progress.phase("generate"):
+                made = self._ahead.take(index)
+            if made is not None:
+                hidden_s = max(0.0, made.made_s - made.waited_s)
+                self.overlap_metrics = {"overlap/generate_s": made.made_s, "overlap/hidden_s": hidden_s}
+                return made.groups
+        batches = self._batches(index)
+        with progress.phase("generate", total=sum(map(len, batches))):
+            return self._generate(index, batches, progress.advance)
+
+    def _begin_next(self, index: int) -> None:
+        """Sets the round after `index` going with the weights that the engine has, unless it is made or the run ends."""
+        following = index + 1
+        is_last = self._first_step(following) >= self.config.run.steps
+        if self._ahead is None or is_last or self._path(following).exists():
+            return
+        self.engine.start()  # on this thread: it checks the engine against the policy, which no other may run
+        batches = self._batches(following)
+        self._ahead.begin(following, lambda: self._generate(following, batches))
+
+    def wait(self, progress: TrainingProgress) -> None:
+        """Returns when no request is in flight, so that weights can be handed over; the wait counts as "generate"."""
+        if self._ahead is not None:
+            with progress.phase("generate"):
+                self._ahead.wait()
+
+    def close(self) -> None:
+        """Ends the thread that samples ahead; its engine is to be closed before."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    # --- selection ------------------------------------------------------------------------------------------------
 
     def _select(
         self, scored: Callable[[], list[ScoredGroup]], path: Path, progress: TrainingProgress
@@ -87,9 +139,10 @@ class RoundMaker:
         is_newest = self._newest is not None and self._newest[0] == index
         return self._spreads_before_newest if is_newest else list(self.tolerance.spreads)
 
-    def _reload(self, path: Path, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    def _reload(self, index: int) -> list[ScoredGroup]:
+        path = self._path(index)
         rows = read_rows(path)
-        if [row["id"] for row in rows] != [prompt.id for prompt in prompts]:
+        if [row["id"] for row in rows] != [prompt.id for prompt in self.sampler.round(index)]:
             raise ValueError(f"{path} holds other prompts than this round's; was the data changed since the run began?")
         embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
         return [
@@ -97,10 +150,31 @@ class RoundMaker:
             for row, embedding in zip(rows, embeddings, strict=True)
         ]
 
+    # --- one round's sampling -------------------------------------------------------------------------------------
+
+    def _first_step(self, index: int) -> int:
+        return index * self.config.steps_per_round
+
+    def _path(self, index: int) -> Path:
+        return self.rollout_dir / f"step_{self._first_step(index) + 1:06d}.jsonl"
+
+    def _partial(self, index: int) -> Path:
+        return self._path(index).with_suffix(f".partial{distributed.rank() or ''}.jsonl")
+
+    def _batches(self, index: int) -> list[list[Prompt]]:
+        """This rank's prompts of the round, by the batches in which they are answered."""
+        rollout, prompts = self.config.rollout, self.sampler.round(index)
+        lengths = [len(self.policy.encode_prompt(prompt.messages)) for prompt in prompts]
+        batches = rank_batches(lengths, rollout.n, rollout.batch_rows, rollout.max_new_tokens)
+        return [[prompts[i] for i in batch] for batch in batches]
+
     def _generate(
-        self, prompts: Sequence[Prompt], first_step: int, path: Path, progress: TrainingProgress
+        self, index: int, batches: Sequence[Sequence[Prompt]], advance: Callable[[int], None] = lambda count: None
     ) -> list[CandidateGroup]:
-        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch."""
+        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch.
+
+        advance is told how many prompts each batch held.
+        """
         rollout = self.config.rollout
         sampling = Sampling(
             temperature=rollout.temperature,
@@ -108,20 +182,17 @@ class RoundMaker:
             top_k=rollout.top_k,
             max_new_tokens=rollout.max_new_tokens,
             seed=self.config.run.seed,
-            step=first_step,
+            step=self._first_step(index),
         )
-        lengths = [len(self.policy.encode_prompt(prompt.messages)) for prompt in prompts]
-        batches = rank_batches(lengths, rollout.n, rollout.batch_rows, rollout.max_new_tokens)
-        mine = [prompts[i] for batch in batches for i in batch]
-        with progress.phase("generate", total=len(mine)), RowWriter(path) as writer:
+        mine = [prompt for batch in batches for prompt in batch]
+        with RowWriter(self._partial(index)) as writer:
             done = writer.groups(mine)
             for batch in batches:
-                todo = [prompts[i] for i in batch]
-                missing = [prompt for prompt in todo if prompt.id not in done]
+                missing = [prompt for prompt in batch if prompt.id not in done]
                 if missing:
-                    groups = self._answers(missing if self.engine.answers_singly else todo, sampling, writer)
+                    groups = self._answers(missing if self.engine.answers_singly else batch, sampling, writer)
                     done |= {group.prompt.id: group for group in groups}
-                progress.advance(len(batch))
+                advance(len(batch))
         return [done[prompt.id] for prompt in mine]
 
     def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter) -> list[CandidateGroup]:
@@ -139,7 +210,3 @@ def _in_order(parts: Sequence[Sequence[ScoredGroup]], prompts: Sequence[Prompt])
     """All ranks' groups in the round's order of prompts."""
     by_id = {scored.group.prompt.id: scored for part in parts for scored in part}
     return [by_id[prompt.id] for prompt in prompts]
-
-
-def _partial(path: Path, rank: int) -> Path:
-    return path.with_suffix(f".partial{rank or ''}.jsonl")

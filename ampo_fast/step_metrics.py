@@ -15,8 +15,8 @@ from ampo_fast.packing import MicroBatch, kept_candidates, packed_length
 from ampo_fast.types import PackedBatch, ScoredGroup, SelectedGroup
 
 
-def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float) -> dict[str, float]:
-    """Rewards, lengths, health of the pool, and the selected against the pool."""
+def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int) -> dict[str, float]:
+    """Rewards, lengths, health of the pool, and the selected against the pool; step: updates done before this one."""
     scored = [group.scored for group in groups]
     pool = [(s, i) for s in scored for i in range(len(s.valid))]
     kept = [(g.scored, i) for g in groups for i in (*g.positive, *g.negative)]
@@ -50,7 +50,15 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float) -> dict[st
     }
     if logp:
         metrics["entropy"] = -_mean(logp)
+    ages = [step - _candidate(s, i).version for s, i in pool if _candidate(s, i).logp]  # given responses have no age
+    if ages:
+        metrics |= {"staleness/mean": _mean(ages), "staleness/max": max(ages)}
     return metrics
+
+
+def is_fresh(groups: Sequence[SelectedGroup], step: int) -> bool:
+    """Whether the weights about to be updated, of version `step`, wrote everything that is trained on."""
+    return all(_candidate(g.scored, i).version == step for g in groups for i in (*g.positive, *g.negative))
 
 
 def distinctness(scored: ScoredGroup, indices: Sequence[int]) -> float:
@@ -125,15 +133,17 @@ def sharing_metrics(plans: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
     }
 
 
-def logp_difference(groups: Sequence[TrainedGroup]) -> dict[str, float]:
-    """|trainer - engine| over the responses whose engine's log-probs are known."""
+def logp_difference(groups: Sequence[TrainedGroup], fresh: bool) -> dict[str, float]:
+    """|trainer - engine| over the responses, in nats per token, where the engine's log-probs are known.
+
+    Of one version (fresh) it is the mismatch of two implementations, and has TRL's name. Otherwise the policy's own
+    movement since the responses were sampled is in it, and it is named for that.
+    """
     if any(group.difference is None for group in groups):
         return {}
     gaps = [value for group in groups for value in group.difference]
-    return {
-        "sampling/sampling_logp_difference/mean": _mean(gaps),
-        "sampling/sampling_logp_difference/max": max(gaps),
-    }
+    name = "sampling/sampling_logp_difference" if fresh else "staleness/logp_difference"
+    return {f"{name}/mean": _mean(gaps), f"{name}/max": max(gaps)}
 
 
 def _candidate(scored: ScoredGroup, i: int):

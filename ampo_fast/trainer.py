@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
+from ampo_fast.trace import TRACE_FILE, Trace
 from ampo_fast.types import Prompt
 from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
@@ -57,6 +59,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         finally:
             trainer.checkpoints.close()
             trainer.engine.close()
+            trainer.rounds.close()
 
 
 class Trainer:
@@ -98,9 +101,10 @@ class Trainer:
         )
         if distributed.is_main():
             (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        self.trace = Trace(self.run_dir / TRACE_FILE if distributed.is_main() else None)
         self.rounds = RoundMaker(
             config, self.actor, self.engine, self.sampler, self.reward_fn, self.embedder,
-            self.run_dir / "rollouts", self.state["spreads"],
+            self.run_dir / "rollouts", self.state["spreads"], self.trace,
         )  # fmt: skip
         self.started = time.monotonic() - self.state["wall_s"]
 
@@ -131,50 +135,49 @@ class Trainer:
     def _train_one_step(self) -> None:
         """One optimizer step on the next prompts_per_step groups of the current round."""
         round_index, at = self._place(self.step)
-        first_step = round_index * self._steps_per_round
-        selected = self.rounds.selected(round_index, first_step, self.step, self.progress)
+        selected = self.rounds.selected(round_index, self.step, self.progress)
         selected = selected[at : at + self.config.optim.prompts_per_step]
         metrics = self.updater.step(selected, self.step, self.progress, self._is_comparable)
         self.state["num_tokens"] += metrics["num_tokens"]
+        if distributed.is_main():  # which alone has the candidates that were not selected
+            metrics |= group_metrics(selected, self.rounds.reward_tol, self.step) | self.rounds.overlap_metrics
         self.step += 1
         if self._place(self.step)[0] != round_index:
-            with self.progress.phase("sync"):
-                self._sync(self.step)
+            self._sync(self.step)
             metrics |= self.engine.sync_metrics
-        if distributed.is_main():  # which alone has the candidates that were not selected
-            metrics = self._log_step(metrics | group_metrics(selected, self.rounds.reward_tol))
+        if distributed.is_main():
+            metrics = self._log_step(metrics)
         self.progress.step_done(self.step, metrics)
 
     def _sync(self, version: int) -> None:
-        """Sends the weights to everyone who holds a copy; every rank takes part."""
+        """Sends the weights to everyone who holds a copy, once no request is in flight; every rank takes part."""
+        self.rounds.wait(self.progress)
+        with self.progress.phase("sync"):
+            self._push(version)
+
+    def _push(self, version: int) -> None:
         for engine in dict.fromkeys((self.engine, self.actor_engine)):
             if engine.version != version:
                 push_weights(self.policy, engine, version)
 
     # --- where we are ---------------------------------------------------------------------------------------------
 
-    @property
-    def _steps_per_round(self) -> int:
-        per_pass = self.config.prompts_per_round // self.config.optim.prompts_per_step
-        return per_pass * self.config.rollout.updates_per_round
-
     def _place(self, step: int) -> tuple[int, int]:
         """(round, index of the step's first group within the round)."""
-        round_index, within = divmod(step, self._steps_per_round)
+        round_index, within = divmod(step, self.config.steps_per_round)
         return round_index, within * self.config.optim.prompts_per_step % self.config.prompts_per_round
 
     @property
     def _is_comparable(self) -> bool:
-        """Whether engine and trainer log-probs are of the same distribution: temperature 1, nothing truncated, on-policy."""
+        """Whether engine and trainer log-probs are of the same kind of distribution: temperature 1, nothing truncated."""
         rollout = self.config.rollout
-        is_fresh = self.step % self._steps_per_round == 0
-        return is_fresh and rollout.temperature == 1.0 and rollout.top_p == 1.0 and not rollout.top_k
+        return rollout.temperature == 1.0 and rollout.top_p == 1.0 and not rollout.top_k
 
     def _log_step(self, metrics: dict[str, float]) -> dict[str, float]:
         seconds = dict(self.progress.phase_s)
         step_s = sum(seconds.values())
         metrics |= {"num_tokens": self.state["num_tokens"]}
-        metrics |= {"epoch": self.sampler.epoch(self.step / self._steps_per_round)}
+        metrics |= {"epoch": self.sampler.epoch(self.step / self.config.steps_per_round)}
         metrics |= {f"time/{name}": value for name, value in seconds.items()} | {"time/step": step_s}
         sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
         metrics |= {"perf/tokens_per_second": sampled / step_s, "perf/peak_rss_mib": peak_rss_mib()}
@@ -247,7 +250,10 @@ class Trainer:
 
         with open(os.devnull, "w") as silence:
             stream = None if distributed.is_main() else silence
-            with TrainingProgress(self.config.run.steps, self.step, stream=stream, on_phase=note) as progress:
+            on_span = functools.partial(self.trace.add, "trainer")
+            with TrainingProgress(
+                self.config.run.steps, self.step, stream=stream, on_phase=note, on_span=on_span
+            ) as progress:
                 yield progress
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
@@ -272,8 +278,7 @@ class Trainer:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
-        # A round under way is on disk, made by an older policy: what samples next is synced when it ends.
-        self._sync(step // self._steps_per_round * self._steps_per_round)
+        self._push(step)
         log.info("resumed from %s", path)
         return step
 

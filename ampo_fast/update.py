@@ -26,7 +26,14 @@ from ampo_fast.packing import (
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reward_data import fitted_params
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
-from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, sharing_metrics, trained_groups
+from ampo_fast.step_metrics import (
+    TrainedGroup,
+    is_fresh,
+    logp_difference,
+    policy_metrics,
+    sharing_metrics,
+    trained_groups,
+)
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 from ampo_fast.utilisation import utilisation
 
@@ -71,7 +78,7 @@ class Updater:
 
         selected: the step's groups over all ranks, the same on each; each rank trains on its share. Every micro-batch's
         loss is divided by the global count of trained groups, so that any split over micro-batches and ranks gives the
-        same step. is_comparable: whether the engine's log-probs are of the distribution that is trained. num_tokens
+        same step. is_comparable: whether the engine's log-probs are at the temperature that is trained. num_tokens
         counts this step's tokens over all ranks.
         """
         config = self.config.optim
@@ -93,7 +100,7 @@ class Updater:
         metrics |= utilisation(self.policy, metrics["num_tokens"], num_targets, seconds)
         groups = [group for part in distributed.all_gather(mine) for group in part]
         if is_comparable:
-            metrics |= logp_difference(groups)
+            metrics |= logp_difference(groups, is_fresh(trained, step))
         return metrics | policy_metrics(groups)
 
     def preflight(self, longest_prompt: int) -> int:

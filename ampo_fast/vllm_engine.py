@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ampo_fast.canary import Canary
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
-from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
+from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, BadAnswer, read_candidate, request_fields
 
 
 class VllmEngine:
@@ -31,10 +32,13 @@ class VllmEngine:
         self._vllm = _import_vllm()
         self._llm: Any = None
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def start(self) -> None:
         if self._llm is None:
             self._start()
             self._check()
+
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        self.start()
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
         fields = [request_fields(self.policy, prompt.id, n, sampling) for prompt in prompts]
         answers = self._complete(encoded, fields)
@@ -73,6 +77,7 @@ class VllmEngine:
             dtype=self.dtype,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            hf_overrides=HEAD_IN_FLOAT32,
             enable_prefix_caching=True,
             enforce_eager=options.enforce_eager,
             gpu_memory_utilization=options.memory_share,
@@ -119,6 +124,21 @@ class _Vllm:
         from vllm.inputs import TokensPrompt
 
         self.LLM, self.SamplingParams, self.TokensPrompt = LLM, SamplingParams, TokensPrompt
+
+
+def transfer_api() -> SimpleNamespace:
+    """The names of vLLM's weight-transfer API that vllm_transfer uses. Raises ValueError where vllm has none."""
+    try:
+        from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    except ImportError as error:
+        raise ValueError(
+            f'rollout.options.transfer = "nccl" needs the weight-transfer API of vllm >= 0.32 in the trainer\'s environment '
+            f'({error}); set rollout.options.transfer = "file"'
+        ) from error
+    return SimpleNamespace(
+        ParamMeta=ParamMeta, WeightSource=WeightSource, Factory=WeightTransferTrainerFactory, TrainerInfo=NCCLTrainerInitInfo
+    )  # fmt: skip
 
 
 def _import_vllm() -> _Vllm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
+from ampo_fast.vllm_requests import HEAD_IN_FLOAT32
 
 _TAIL_BYTES = 3000
 
@@ -38,6 +40,7 @@ class VllmProcess:
         self._key = secrets.token_urlsafe(32)
         self._output = Path(tempfile.mkdtemp(prefix="ampo-fast-")) / f"{name}.log"
         self._process: subprocess.Popen | None = None
+        self._is_closed = False
         self.client: JsonClient | None = None
 
     def start(self, attempts: int = 3) -> JsonClient:
@@ -46,7 +49,7 @@ class VllmProcess:
         The free port may be taken before the server binds it: then another one is tried.
         """
         for attempt in range(attempts):
-            port = _free_port(self.options.host)
+            port = free_port(self.options.host)
             self._launch(port)
             try:
                 return self._wait(port)
@@ -57,6 +60,8 @@ class VllmProcess:
         raise AssertionError("unreachable")
 
     def _launch(self, port: int) -> None:
+        if self._is_closed:
+            raise ServerDied(f"{self.name} was closed")
         env = os.environ | {"VLLM_API_KEY": self._key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         env.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # pickle from the network: never
         if self._device is not None:
@@ -72,7 +77,7 @@ class VllmProcess:
         client = JsonClient(f"http://{host}:{port}", self._key, self.options.request_timeout_s)
         deadline = time.monotonic() + self.options.start_timeout_s
         while time.monotonic() < deadline:
-            if not self.is_alive():
+            if self._is_closed or not self.is_alive():
                 raise ServerDied(f"{self.name} ended while starting; its output ends:\n{self.output_tail()}")
             with suppress(HttpError):
                 client.get("/health", timeout_s=2.0)
@@ -110,6 +115,8 @@ class VllmProcess:
         self._process.wait()
 
     def close(self) -> None:
+        """Ends the server for good, also while another thread starts it again."""
+        self._is_closed = True
         self.kill()
         self._output.unlink(missing_ok=True)
         with suppress(OSError):
@@ -126,9 +133,11 @@ def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int]
     command = [
         sys.executable, "-m", *_entry_point(model), "--host", options.host, "--dtype", dtype,
         "--served-model-name", "policy", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-        "--enable-prefix-caching", "--gpu-memory-utilization", str(options.memory_share),
+        "--hf-overrides", json.dumps(HEAD_IN_FLOAT32), "--enable-prefix-caching",
+        "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
+        *(["--weight-transfer-config", json.dumps({"backend": "nccl"})] if options.transfer == "nccl" else []),
     ]  # fmt: skip
     return lambda port: [*command, "--port", str(port)]
 
@@ -150,7 +159,8 @@ def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[Vllm
     return [VllmProcess(f"vllm-server-{i}", command, options, device) for i, device in enumerate(devices)]
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port of this host that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate
+from ampo_fast.vllm_engine import transfer_api
 from ampo_fast.vllm_process import VllmProcess
 from ampo_fast.vllm_requests import BadAnswer, read_candidate
+from ampo_fast.vllm_transfer import Weights, WeightTransfer
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -26,12 +30,14 @@ class Replica:
         self.name, self.options, self.process, self.client = name, options, process, client
         self.in_flight = 0
         self.failures = 0
-        self.restarts_left = options.restarts if process else 0
+        # Only a file outlives a sync: a server that comes back finds no weights where they went from GPU to GPU.
+        self.restarts_left = options.restarts if process and options.transfer == "file" else 0
         self.is_lost = False
         self.generation = 0
         """How often it was started again: a failure of an earlier life calls for no second restart."""
         self.repair_lock = threading.Lock()
         self._model = "policy"
+        self._transfer: WeightTransfer | None = None
 
     def start(self) -> None:
         if self.process is not None:
@@ -92,6 +98,13 @@ class Replica:
         """Loads a directory of safetensors into the running server and empties its cache of keys and values."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         self.client.post("/collective_rpc", body, timeout_s=self.options.sync_timeout_s)
+        retried(self._forget, attempts=5)
+
+    def receive(self, version: int, weights: Weights, dtype: torch.dtype) -> None:
+        """Takes the weights GPU to GPU, and empties its cache of keys and values."""
+        if self._transfer is None:
+            self._transfer = WeightTransfer(transfer_api(), self.name, self.client, self.options, dtype)
+        self._transfer.send(version, weights)
         retried(self._forget, attempts=5)
 
     def _forget(self) -> None:

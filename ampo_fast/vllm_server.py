@@ -50,7 +50,7 @@ class VllmServerEngine:
         self.replicas = _replicas(policy, options, dtype)
         self._weights: Path | None = None
         self._sync_dir: Path | None = None
-        self._is_started = False
+        self._is_started = self._is_closed = False
         self._pick_lock = threading.Lock()
         atexit.register(self.close)
 
@@ -58,7 +58,7 @@ class VllmServerEngine:
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered."""
-        self._start()
+        self.start()
         with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
         errors = [future.exception() for future in futures]
@@ -89,13 +89,15 @@ class VllmServerEngine:
         return retried(ask, self.options.attempts)
 
     def _pick(self) -> Replica:
-        """The least failing, then least busy server that is not lost."""
+        """The least failing, then least busy server that is not lost. Raises HttpError once the engine is closed."""
         with self._pick_lock:
             best = min(self._usable(), key=lambda replica: (replica.failures, replica.in_flight))
             best.in_flight += 1
             return best
 
     def _usable(self) -> list[Replica]:
+        if self._is_closed:
+            raise HttpError("the engine was closed", False)
         usable = [replica for replica in self.replicas if not replica.is_lost]
         if not usable:
             names = "\n".join(f"{replica.name}{replica.last_words()}" for replica in self.replicas)
@@ -104,7 +106,7 @@ class VllmServerEngine:
 
     def _failed(self, replica: Replica, life: int, error: HttpError) -> None:
         """Counts the failure; a server of ours that is dead or hangs is repaired, once for all who waited for it."""
-        if not error.is_passing:
+        if not error.is_passing or self._is_closed:
             return
         replica.failures += 1
         with replica.repair_lock:
@@ -114,7 +116,7 @@ class VllmServerEngine:
 
     def _repair(self, replica: Replica) -> None:
         """Starts a server of ours again with the newest weights, or gives it up. The caller holds its repair_lock."""
-        while replica.restarts_left:
+        while replica.restarts_left and not self._is_closed:
             replica.restarts_left -= 1
             log.warning("%s is started again%s", replica.name, replica.last_words())
             replica.process.kill()
@@ -141,14 +143,23 @@ class VllmServerEngine:
         self._sync(version, named_tensors)
 
     def _sync(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        before, self._weights = self._weights, self._write(version, named_tensors)
+        hand_over = self._hand_over if self.options.transfer == "nccl" else self._hand_over_files
         self.canary.renew()
-        usable = self._usable()
-        with ThreadPoolExecutor(len(usable)) as pool:
-            list(pool.map(self._load, usable))
+        hand_over(version, named_tensors)
         for replica in self._usable():
             self._check(replica)
         self.version = version
+
+    def _hand_over(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        weights = list(named_tensors)  # the trainer's own: nothing is copied
+        for replica in self._usable():
+            replica.receive(version, weights, self.compute_dtype)
+
+    def _hand_over_files(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        before, self._weights = self._weights, self._write(version, named_tensors)
+        usable = self._usable()
+        with ThreadPoolExecutor(len(usable)) as pool:
+            list(pool.map(self._load, usable))
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
 
@@ -185,6 +196,9 @@ class VllmServerEngine:
 
     # --- life -----------------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        self._start()
+
     def _start(self, check: bool = True) -> None:
         """Starts all servers. Those that ran already get our weights: they may serve an earlier run's."""
         if self._is_started:
@@ -206,6 +220,8 @@ class VllmServerEngine:
         return self.canary.metrics
 
     def close(self) -> None:
+        """Also while another thread generates: it is told of the failure, with what was finished until then."""
+        self._is_closed = True
         atexit.unregister(self.close)
         for replica in self.replicas:
             replica.close()

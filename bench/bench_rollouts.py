@@ -1,9 +1,10 @@
-"""Rollouts with the real vLLM on this machine: one request against many, vLLM against transformers, syncs, faults.
+"""Rollouts with the real vLLM on this machine: one request against many, vLLM against transformers, syncs, faults, overlap.
 
-    python bench/bench_rollouts.py [--part speed|faults|all] [--model PATH] [--tokens 32] [--repeats 3] [--csv PATH]
+    python bench/bench_rollouts.py [--part speed|faults|replicas|overlap|all] [--model PATH] [--tokens 32] [--repeats 3]
 
-Rows go to bench/results/rollouts.csv; the last line is one JSON object with what was measured. Part "faults" kills and
-freezes real servers; its table is printed: fault, times tried, outcome, groups lost.
+Rows go to bench/results/rollouts.csv; the last line is one JSON object with what was measured. Parts "faults" and
+"replicas" kill and freeze real servers; their table is printed: fault, times tried, outcome, completions lost. Part
+"overlap" trains with the server on one half of the cores and the trainer on the other, and reads the run's trace.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import rows
 import torch
 
+from ampo_fast import vllm_process
 from ampo_fast.config import Config, build_config
 from ampo_fast.engines import make_engine
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import RolloutEngine
+from ampo_fast.trace import TRACE_FILE, overlap, read_spans
+from ampo_fast.trainer import train
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
 from ampo_fast.weight_sync import push_weights
 
@@ -34,18 +41,21 @@ TEXTS = ("Why is the sky blue?", "Name three fruits.", "Write a line about rain.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("speed", "faults", "all"), default="all")
+    parser.add_argument("--part", choices=("speed", "faults", "replicas", "overlap", "all"), default="all")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=32, help="length limit of a response")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="of the overlap's run")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "rollouts.csv")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    result: dict[str, float | int] = {}
-    if arguments.part != "speed":  # first: its servers must not share the cores with an engine in this process
-        result |= measure_faults(arguments)
-    if arguments.part != "faults":
-        result |= measure_speed(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Speed comes last: no server may share the cores with an engine in this process.
+    parts = {"overlap": measure_overlap, "faults": measure_faults, "replicas": measure_replicas, "speed": measure_speed}
+    result: Counter[str] = Counter()
+    for name, measure in parts.items():
+        if arguments.part in (name, "all"):
+            result.update(measure(arguments))
     print(json.dumps(result))
 
 
@@ -170,6 +180,27 @@ def measure_faults(arguments: argparse.Namespace) -> dict[str, int]:
     return {"faults_tried": len(cases), "faults_survived": survived, "completions_lost": lost}
 
 
+def measure_replicas(arguments: argparse.Namespace) -> dict[str, float]:
+    """Two servers; one is killed in the middle of a batch and not started again: the other answers the rest."""
+    policy = Policy.load(config_of("vllm-server", arguments).model)
+    engine = make_engine(config_of("vllm-server", arguments, replicas=2, restarts=0, memory_share=0.2), policy)
+    sampling, count = Sampling(max_new_tokens=arguments.tokens), 8
+    engine.generate(prompts(2, "warm"), 2, Sampling(max_new_tokens=4))
+    rates, missing = {}, 0
+    for label in ("two servers", "one killed meanwhile", "one left"):
+        if label == "one killed meanwhile":
+            strike_later(engine, signal.SIGKILL, 1.0)
+        seconds, groups = rows.timed(lambda label=label: engine.generate(prompts(count, label), 8, sampling))
+        rates[label] = sum(len(c.token_ids) for g in groups for c in g.candidates) / seconds
+        missing += 8 * count - sum(len(group.candidates) for group in groups)
+    engine.close()
+    note = ", ".join(f"{label} {rate:.0f} tokens/s" for label, rate in rates.items()) + f"; completions lost: {missing}"
+    print(f"kill -9 of one of two replicas: {note}", flush=True)
+    row = {"op": "fault", "variant": "kill -9 of one of two replicas", "mode": "vllm-server", "dtype": "float32"}
+    rows.append(arguments.csv, [rows.context("torch", "transformers", "vllm-cpu") | row | {"note": note}])
+    return {"faults_tried": 1, "faults_survived": 1, "completions_lost": missing}
+
+
 def during_generation(policy: Policy, engine: RolloutEngine, what: signal.Signals) -> int:
     """Strikes a second after the requests went out; returns how many of their completions are missing."""
     strike_later(engine, what, 1.0)
@@ -202,6 +233,73 @@ def strike_later(engine: RolloutEngine, what: signal.Signals, delay_s: float) ->
         os.killpg(group, what)
 
     threading.Thread(target=strike, daemon=True).start()
+
+
+# --- overlap ----------------------------------------------------------------------------------------------------------
+
+
+def measure_overlap(arguments: argparse.Namespace) -> dict[str, float]:
+    """A run whose next round is sampled while this one trains, each on its own cores; read from the run's trace."""
+    with TemporaryDirectory() as folder, own_cores() as halves:
+        train(overlap_config(arguments, Path(folder)))
+        measured = overlap(read_spans(Path(folder) / "run" / TRACE_FILE))
+    ratio = measured.wall_s / measured.bound_s
+    note = (
+        f"{measured.num_rounds} rounds: sampling {measured.generate_s:.2f} s, training with sync {measured.train_s:.2f} s, "
+        f"wall {measured.wall_s:.2f} s a round; wall / max(sampling, training) {ratio:.3f}; {halves}"
+    )
+    print(f"overlap: {note}", flush=True)
+    row = {"op": "overlap", "variant": "max_staleness 1", "mode": "vllm-server", "dtype": "float32", "note": note}
+    rows.append(
+        arguments.csv, [rows.context("torch", "transformers", "vllm-cpu") | rows.timings([measured.wall_s]) | row]
+    )
+    return {"overlap_wall_over_longer": round(ratio, 3)}
+
+
+def overlap_config(arguments: argparse.Namespace, folder: Path) -> Config:
+    data = folder / "train.jsonl"
+    lines = [{"id": str(i), "prompt": f"{TEXTS[i % len(TEXTS)]} Answer {i}."} for i in range(64)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {
+        "run": {"name": "run", "dir": str(folder), "steps": arguments.rounds, "trackers": []},
+        "data": {"train": str(data)},
+        "model": {"path": arguments.model},
+        "rollout": {
+            "engine": "vllm-server", "n": 8, "max_new_tokens": arguments.tokens, "truncated": "keep",
+            "options": {"enforce_eager": True, "max_model_len": 1024},
+        },
+        "reward": {"kind": "relevance"},
+        "embed": {"model": "policy"},
+        "select": {"k": 3},
+        "optim": {"prompts_per_step": 4, "lr": 1e-5, "warmup_ratio": 0.0},
+        "checkpoint": {"every": 0},
+    }  # fmt: skip
+    return build_config(values)
+
+
+@contextmanager
+def own_cores() -> Iterator[str]:
+    """This process on the first half of its cores, the servers that it starts on the second."""
+    cores = sorted(os.sched_getaffinity(0))
+    own, theirs = cores[: len(cores) // 2], cores[len(cores) // 2 :]
+    listed = ",".join(map(str, theirs))
+    serve_command = vllm_process.serve_command
+
+    def pinned(*arguments: object) -> Callable[[int], list[str]]:
+        command = serve_command(*arguments)
+        env = ["env", f"VLLM_CPU_OMP_THREADS_BIND={listed}", f"OMP_NUM_THREADS={len(theirs)}"]
+        return lambda port: [*env, "taskset", "-c", listed, *command(port)]
+
+    for task in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(task), own)
+    torch.set_num_threads(len(own))
+    vllm_process.serve_command = pinned
+    try:
+        yield f"{len(own)} + {len(theirs)} cores"
+    finally:
+        vllm_process.serve_command = serve_command
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
 
 
 if __name__ == "__main__":

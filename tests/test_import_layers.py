@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 LEVELS = [
-    {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress",
+    {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace",
      "evaluation_summary", "_C", "kernels", "dispatch", "templating", "urls", "engine_config"},
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
@@ -18,7 +18,7 @@ LEVELS = [
      "update", "split_groups", "utilisation", "rounds", "reward_data", "reward_text", "frozen_blocks", "reward_model",
      "reward_evaluation",
      "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
-     "vllm_replica", "lifeline", "engines"},
+     "vllm_replica", "lifeline", "engines", "lookahead", "vllm_transfer"},
     {"report", "preview", "stages", "inspect_rows"},
     {"trainer", "reward_training", "evaluate"},
     {"cli"},

@@ -10,6 +10,7 @@ from ampo_fast.rollouts import IncompleteBatch, TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
+from ampo_fast.trace import Trace
 
 PROMPTS = [prompt(i, f"say {word}") for i, word in enumerate(["tea", "sun", "rain", "wind"])]
 
@@ -40,7 +41,9 @@ def rounds(engine, policy, folder):
     folder.mkdir(exist_ok=True)
     embedder = make_embedder(settings, policy)
     sampler = PromptSampler(PROMPTS, 4, 0)
-    return RoundMaker(settings, policy, engine, sampler, make_reward(settings, embedder), embedder, folder, [])
+    return RoundMaker(
+        settings, policy, engine, sampler, make_reward(settings, embedder), embedder, folder, [], Trace(None)
+    )
 
 
 @pytest.mark.parametrize("whole", [0, 1, 3])
@@ -48,13 +51,13 @@ def test_finished_groups_of_a_broken_batch_are_kept_and_not_made_again(tiny_poli
     engine = BreakingEngine(tiny_policy, whole)
     with TrainingProgress(1, 0) as progress:
         with pytest.raises(IncompleteBatch, match="gone"):
-            rounds(engine, tiny_policy, tmp_path / "r").selected(0, 0, 0, progress)
+            rounds(engine, tiny_policy, tmp_path / "r").selected(0, 0, progress)
         partial = tmp_path / "r" / "step_000001.partial.jsonl"
         kept = [row["id"] for row in read_rows(partial)] if partial.stat().st_size else []
         assert len(kept) == whole
-        selected = rounds(engine, tiny_policy, tmp_path / "r").selected(0, 0, 0, progress)
+        selected = rounds(engine, tiny_policy, tmp_path / "r").selected(0, 0, progress)
         undisturbed = BreakingEngine(tiny_policy, None)
-        expected = rounds(undisturbed, tiny_policy, tmp_path / "other").selected(0, 0, 0, progress)
+        expected = rounds(undisturbed, tiny_policy, tmp_path / "other").selected(0, 0, progress)
     first, second = engine.asked
     assert sorted(first) == sorted([*kept, *second])
     assert len(second) == 4 - whole

@@ -36,7 +36,10 @@ def case(name, model, dtype="float32"):
     return run(str(HERE / "vllm_cases.py"), name, str(model), dtype)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+# The other runs with SmolLM2, in CI, have a tied head.
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, id="tied", marks=pytest.mark.slow), pytest.param(False, id="untied")]
+)
 def served_model(request, tmp_path_factory):
     """A tiny model with attention heads of a size that vLLM's CPU kernels have."""
     folder = tmp_path_factory.mktemp("served")
@@ -72,7 +75,19 @@ def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path)
     for row in steps:
         assert row["sync/logp_difference"] <= 0.001
         assert row["sync/logp_change"] > 10 * row["sync/logp_difference"]
-        assert row["sampling/sampling_logp_difference/mean"] <= 0.001
+        if row["staleness/max"] == 0:
+            assert row["sampling/sampling_logp_difference/mean"] <= 0.001
+    # The server samples the next step's answers while this one is trained.
+    assert [row["staleness/max"] for row in steps] == ([0, 1, 1] if engine == "vllm-server" else [0, 0, 0])
+
+
+@needs_vllm
+def test_vllm_has_the_weight_transfer_api_that_the_adapter_was_written_for():
+    """Its shape alone: NCCL needs GPUs."""
+    result = case("transfer", "-")
+    assert result["missing_routes"] == []
+    assert result["world_size"] == 3
+    assert result["metadata"] == [["a.weight", "torch.bfloat16", [2, 3]]]
 
 
 @needs_vllm
@@ -87,6 +102,7 @@ def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_bfloat16_stays_within_its_tolerance():
     result = case("sync", SMOLLM, "bfloat16")
     assert max(result["gaps"]) <= 0.05
@@ -94,6 +110,7 @@ def test_bfloat16_stays_within_its_tolerance():
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_kill_9_of_a_real_server_during_generation_loses_nothing(served_model):
     result = case("kill", served_model)
     assert result["restarted"]
@@ -103,6 +120,7 @@ def test_kill_9_of_a_real_server_during_generation_loses_nothing(served_model):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_real_server_that_ran_already_gets_our_weights(served_model):
     result = case("running", served_model)
     assert result["gap"] <= 0.001

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,24 @@ def test_when_no_server_is_left_the_error_has_its_last_words_and_the_finished_gr
     assert len(caught.value.finished) < len(PROMPTS)
 
 
+def test_closed_while_another_thread_generates_it_hands_over_what_was_finished_and_starts_nothing(make, tmp_path):
+    engine = make()
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    before = len(answered(tmp_path))
+    (tmp_path / "fault.hang").touch()
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(engine.generate, PROMPTS, 3, SAMPLING)
+        deadline = time.monotonic() + 20
+        while len(answered(tmp_path)) < before + len(PROMPTS) - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        engine.close()
+        with pytest.raises(IncompleteBatch, match="the engine was closed") as caught:
+            under_way.result(timeout=10)
+    assert len(caught.value.finished) == len(PROMPTS) - 1
+    assert engine.replicas[0].generation == 0
+    assert not engine.replicas[0].process.is_alive()
+
+
 def test_a_server_that_cannot_start_says_why(make, monkeypatch):
     monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", "exit('no GPU')"])
     with pytest.raises(vllm_process.ServerDied, match="no GPU"):
@@ -180,7 +199,7 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(make, policy, monke
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = [taken.getsockname()[1], free_port()]
-        monkeypatch.setattr(vllm_process, "_free_port", lambda host: ports.pop(0))
+        monkeypatch.setattr(vllm_process, "free_port", lambda host: ports.pop(0))
         engine = make()
         assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
     assert not ports

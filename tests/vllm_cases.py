@@ -1,6 +1,6 @@
 """What tests/test_vllm_engine.py runs in processes of their own (vLLM binds threads and keeps global state).
 
-python vllm_cases.py sync|kill|running MODEL DTYPE -> a JSON object on the last line.
+python vllm_cases.py sync|kill|running|transfer MODEL DTYPE -> a JSON object on the last line.
 """
 
 import json
@@ -19,7 +19,9 @@ from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.types import Prompt, Sampling
+from ampo_fast.vllm_engine import transfer_api
 from ampo_fast.vllm_server import VllmServerEngine
+from ampo_fast.vllm_transfer import ROUTES, make_source
 from ampo_fast.weight_sync import named_weights, push_weights
 
 PROMPTS = [
@@ -116,5 +118,23 @@ def running(model, dtype):
     return result
 
 
+def transfer(model, dtype):
+    """What vllm_transfer builds on vLLM's own classes, as far as it goes without a GPU."""
+    from vllm.entrypoints.rl.online.api_router import router
+
+    api = transfer_api()
+    source = make_source(api, torch.bfloat16)
+    source.weights = [("a.weight", torch.ones(2, 3))]
+    info = api.TrainerInfo(rank=0, master_address="127.0.0.1", master_port=1, world_size=3)
+    paths = {route.path for route in router.routes}
+    return {
+        "missing_routes": [route for route in ROUTES.values() if route not in paths],
+        "world_size": info.world_size,
+        "metadata": [[m.name, str(m.dtype), list(m.shape)] for m in source.metadata()],
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps({"sync": sync, "kill": kill, "running": running}[sys.argv[1]](*sys.argv[2:])))
+    print(
+        json.dumps({"sync": sync, "kill": kill, "running": running, "transfer": transfer}[sys.argv[1]](*sys.argv[2:]))
+    )

@@ -23,6 +23,7 @@ from ampo_fast.report.section import (
     smooth_curve,
 )
 from ampo_fast.report.story import phase_seconds
+from ampo_fast.report.timeline import timeline_charts
 
 _NO_STEPS = "No training step has been logged."
 _SHARE = {"yaxis": {"range": [-0.03, 1.03], "tickformat": ".0%"}}
@@ -240,4 +241,4 @@ def time_section(run: RunData) -> Section:
     if speed is not None:
         sentences.append(f"On average {speed:,.0f} tokens were sampled per second of a step.")
     table = Table(head=["phase", "seconds per step", "share", "seconds in all"], rows=rows)
-    return Section(**head, sentences=sentences, charts=[chart], tables=[table])
+    return Section(**head, sentences=sentences, charts=[chart, *timeline_charts(run)], tables=[table])
