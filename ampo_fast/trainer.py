@@ -82,6 +82,8 @@ class Trainer:
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
+        if self.updater.reference is not None:
+            self.updater.reference.keep_in(self.run_dir)
         self.state: dict[str, Any] = {
             "spreads": [],
             "num_tokens": 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +16,7 @@ from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import idle_batch, longest_batch, pack, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.reference_logps import ReferenceLogps
 from ampo_fast.reward_data import fitted_params
 from ampo_fast.step_metrics import TrainedGroup, logp_difference, policy_metrics, trained_groups
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
@@ -49,7 +49,7 @@ class Updater:
         self.policy = policy
         self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
-        self.reference = Policy.load(config.model).shard() if self.loss_fn.uses_reference else None
+        self.reference = ReferenceLogps(config, prompts) if self.loss_fn.uses_reference else None
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
 
@@ -104,9 +104,12 @@ class Updater:
         shares = rank_micro_batches(trained, self.config.optim.micro_batch_tokens, num_ranks)
         own = shares[distributed.rank()]
         total, mine, num_tokens = torch.zeros((), device=device, dtype=torch.float64), [], 0
+        if self.reference is not None:
+            with progress.phase("reference"):
+                self.reference.prepare(trained)
         for i, groups in enumerate(own):
             with progress.phase("pack"):
-                batch = self._with_reference(pack(groups, device) if groups else idle_batch(device))
+                batch = self._with_reference(pack(groups, device) if groups else idle_batch(device), groups)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
             with progress.phase("forward_backward"), _named_out_of_memory(batch):
                 # An idle rank's loss counts for nothing: over infinity, so are its gradients.
@@ -119,14 +122,10 @@ class Updater:
                 num_tokens += batch.token_T.numel()
         return total, mine, num_tokens
 
-    def _with_reference(self, batch: PackedBatch) -> PackedBatch:
+    def _with_reference(self, batch: PackedBatch, groups: Sequence[SelectedGroup] = ()) -> PackedBatch:
         if self.reference is None:
             return batch
-        logp_R = self.reference.token_logp(batch)
-        distributed.reshard(self.reference)
-        ends = batch.response_offsets.tolist()
-        ref_logp_M = torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
-        return dataclasses.replace(batch, ref_logp_M=ref_logp_M)
+        return dataclasses.replace(batch, ref_logp_M=self.reference.of(batch, groups))
 
     def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
         self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
