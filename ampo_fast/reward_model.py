@@ -19,6 +19,7 @@ from torch import nn
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
 from ampo_fast.frozen_blocks import FrozenBlocks
+from ampo_fast.mean_pooling import append_mean_block, standardise
 from ampo_fast.model import attention_implementation
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_text import RewardText
@@ -53,6 +54,8 @@ class RewardModel(nn.Module):
         self.compute_dtype = getattr(torch, config.dtype)
         self.is_shared = self._decide_shared(config.attention, field)
         self.frozen = FrozenBlocks(model, config.trained_blocks, config.cache_mib)
+        self.reads_first = config.pooling == "mean" and config.trained_blocks == 0
+        """Whether only the first token leaves the frozen blocks: then nothing else of them needs to be kept."""
         self.num_fed = 0
         """Tokens fed so far, padding included; num_real: without it; num_read: each response with its own prompt."""
         self.num_real = 0
@@ -82,6 +85,7 @@ class RewardModel(nn.Module):
             settings = AutoConfig.from_pretrained(source, **options)
             _check_outputs(settings, config.path, field)
             settings.num_labels = 1
+            _keep_blocks(settings, config, field)
             text = RewardText(tokenizer, _limit(max_tokens, tokenizer, settings))
             settings.get_text_config().pad_token_id = text.pad_id
             if seed is not None:
@@ -92,6 +96,8 @@ class RewardModel(nn.Module):
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{field} = {config.path!r} cannot be loaded as a classifier: {error}") from error
         _check_missing(model, settings, info, config.path, field, seed is not None)
+        if config.pooling == "mean":
+            append_mean_block(model, config.keep_blocks, field)
         return cls(model, text, config, field)
 
     @property
@@ -172,9 +178,18 @@ class RewardModel(nn.Module):
         inputs = {"input_ids": token_ML.to(self.device), "attention_mask": mask_ML.to(self.device)}
         if all(len(ids) == longest for ids in rows):
             del inputs["attention_mask"]  # nothing is padded, and attention is faster without a mask
-        units = [(m, 0, len(ids)) for m, ids in enumerate(rows)]
+        units = [(m, 0, 1 if self.reads_first else len(ids)) for m, ids in enumerate(rows)]
         run = lambda: self.model(**inputs).logits  # noqa: E731
         return self.frozen.forward(rows, units, tuple(token_ML.shape), run)[:, 0]
+
+    @torch.no_grad()
+    def standardise_pooling(self, groups: Sequence[EncodedGroup], max_tokens: int) -> None:
+        """Fits model.pooling = "mean" to the spread of these responses; to be called once, before training."""
+        first: list[torch.Tensor] = []
+        take = lambda module, args: first.append(args[0][:, 0])  # noqa: E731
+        with self.model.base_model.pooler.register_forward_pre_hook(take):
+            self.score_groups(groups, max_tokens)
+        standardise(self.model, torch.cat(first))
 
     # --- start and end ------------------------------------------------------------------------------------------------
 
@@ -277,6 +292,26 @@ def _limit(wanted: int | None, tokenizer: Any, settings: Any) -> int:
     if positions is not None and wanted > positions:
         raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
     return wanted
+
+
+def _keep_blocks(settings: Any, config: RewardModelConfig, field: str) -> None:
+    """Cuts the configuration to the first keep_blocks blocks. Raises ValueError for a reward model, or too many."""
+    wanted = {"keep_blocks": config.keep_blocks is not None, "pooling": config.pooling != "native"}
+    changed = [name for name, is_wanted in wanted.items() if is_wanted]
+    if changed and _is_classifier(settings):
+        raise ValueError(f"{field} = {config.path!r} is a classifier already; leave model.{changed[0]} out")
+    if config.keep_blocks is None:
+        return
+    if config.keep_blocks == 0 and config.pooling == "native":
+        raise ValueError('model.keep_blocks = 0 leaves nothing but embeddings: it needs model.pooling = "mean"')
+    inner, count = settings.get_text_config(), max(1, config.keep_blocks)
+    if count > inner.num_hidden_layers:
+        raise ValueError(
+            f"model.keep_blocks = {config.keep_blocks}, but {config.path!r} has {inner.num_hidden_layers} blocks"
+        )
+    if getattr(inner, "layer_types", None):
+        inner.layer_types = inner.layer_types[:count]
+    inner.num_hidden_layers = count
 
 
 def _check_outputs(settings: Any, path: str, field: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ampo_fast import losses
+from ampo_fast.frozen_blocks import FrozenBlocks
 from ampo_fast.losses import ResponseStats, reward_model
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
 from ampo_fast.metrics import MetricsLog
@@ -59,13 +60,18 @@ class Item:
 
 
 class RewardTrainer:
-    def __init__(self, config: RewardTrainingConfig) -> None:
+    def __init__(self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None) -> None:
+        """frozen: an earlier trainer's, of the same backbone, whose outputs are used and added to."""
         self.config = config
         train, held = _groups(config)
         self.loss_fn, self.gamma = make_reward_loss(config.loss, train)
         self.model = RewardModel.load(config.model, max_tokens=config.data.max_tokens, seed=config.run.seed)
+        if frozen is not None:
+            self.model.frozen.share(frozen)
         self.train_items = self._encode(train, "data.train")
         self.held_items = self._encode(held, "data.eval")
+        if config.model.pooling == "mean":
+            self.model.standardise_pooling([i.encoded for i in self.train_items], config.optim.micro_batch_tokens)
         self.length_weight = fit_length_weight(self.train_items) if config.loss.length_control else 0.0
         self.optimizer = make_optimizer(self.model.parameters(), config.optim)
         per_epoch = math.ceil(len(self.train_items) / config.optim.prompts_per_step)

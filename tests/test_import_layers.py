@@ -13,7 +13,7 @@ LEVELS = [
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
-     "update", "rounds", "reward_data", "reward_text", "frozen_blocks", "reward_model", "reward_evaluation",
+     "update", "reference_logps", "rounds", "reward_data", "reward_text", "frozen_blocks", "mean_pooling", "reward_model", "reward_evaluation",
      "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
      "vllm_replica", "lifeline", "engines"},
     {"report", "preview", "stages", "inspect_rows"},
