@@ -61,9 +61,7 @@ def save_checkpoint(
         if distributed.world_size() == 1:
             _write_alone(aside, tensors)
         else:
-            _collective(
-                lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}"
-            )
+            _collective(lambda options: dcp.save(tensors, storage_writer=_Writer(str(aside)), **options), f"write {aside}")
         distributed.on_main(lambda: _commit(aside, target, state))
     except BaseException:
         if distributed.is_main():

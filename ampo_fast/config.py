@@ -44,6 +44,9 @@ class DataConfig(Section):
         ..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
     )
     eval: str | None = Field(None, description="Held-out prompts, same formats.")
+    active_pairs: Count = Field(
+        0, description="Only so many pairs, those that tell the last layer most (D-optimal: ADPO, APO); 0: all."
+    )
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out and counted.")
     max_overlong_share: Share = Field(0.1, description="More over-long prompts than this share is an error.")
 
@@ -115,6 +118,15 @@ class LossConfig(Section):
     nll_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Adds this times the positive's mean NLL.")
 
 
+class ReferenceConfig(Section):
+    """The reference of losses that divide by one: the model that training started from, unless it follows the policy."""
+
+    every: Count = Field(0, description="Steps after which the reference moves to the policy; 0: never.")
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="What stays of the reference as it moves; 0: it becomes the policy (TSO), 0.5 at every 1: SAPO."
+    )
+
+
 class OptimConfig(Section):
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
     micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; whole groups only.")
@@ -159,6 +171,7 @@ class Config(Section):
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     select: SelectConfig = Field(default_factory=SelectConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -179,6 +192,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_round = {round_prompts} is not a multiple of "
                 f"optim.prompts_per_step = {self.optim.prompts_per_step}"
+            )
+        if self.data.active_pairs and self.rollout.engine != "data":
+            raise ValueError(
+                f'data.active_pairs = {self.data.active_pairs} chooses among given pairs: it needs rollout.engine = "data"'
             )
         if (self.reward.kind == "data") != (self.rollout.engine == "data"):
             raise ValueError(

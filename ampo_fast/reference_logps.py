@@ -1,7 +1,8 @@
-"""The frozen reference's log-probs of responses; of given ones each is computed once in a run, kept on disk, checked.
+"""The reference's log-probs of responses; of given ones each is computed once in a run, kept on disk, checked.
 
-RUN/reference/HASH.jsonl holds a line {id, index, logp} per response. HASH is of the reference's weights and compute
-type, its tokenizer and template, and the data with the length at which responses are cut.
+A frozen reference: RUN/reference/HASH.jsonl holds a line {id, index, logp} per response. HASH is of the reference's
+weights and compute type, its tokenizer and template, and the data with the length at which responses are cut. One that
+follows the policy (reference.every) is computed anew at every step; its weights are in RUN/reference/step_N.safetensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ampo_fast import distributed
 from ampo_fast.config import Config
@@ -31,10 +33,14 @@ class ReferenceLogps:
     def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
         self.config = config
         self.model = Policy.load(config.model)
-        self.is_kept = config.rollout.engine == "data"
+        self.moves = config.reference.every > 0
+        if self.moves and distributed.world_size() > 1:
+            raise ValueError("reference.every > 0 runs in one process so far; leave it 0 under torchrun")
+        self.is_kept = config.rollout.engine == "data" and not self.moves
         if self.is_kept:
             self.hash = distributed.on_main(lambda: reference_hash(self.model, prompts, config.rollout.max_new_tokens))
         self.model.shard()
+        self.folder: Path | None = None
         self.path: Path | None = None
         self._kept: dict[_Key, float] = {}
 
@@ -43,9 +49,10 @@ class ReferenceLogps:
 
         Raises ValueError where the run began with another model, template or data.
         """
+        self.folder = run_dir / "reference"
         if not self.is_kept:
             return
-        self.path = run_dir / "reference" / f"{self.hash}.jsonl"
+        self.path = self.folder / f"{self.hash}.jsonl"
         self._kept = distributed.from_main(_read(self.path) if distributed.is_main() else {})
 
     def prepare(self, groups: Sequence[SelectedGroup]) -> None:
@@ -70,6 +77,47 @@ class ReferenceLogps:
             return torch.zeros_like(batch.reward_M)
         values = [self._kept[_id(group), i] for group in groups for i in _sides(group)]
         return torch.tensor(values, device=batch.token_T.device)
+
+    # --- a reference that moves ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, step: int) -> None:
+        """After optimizer step `step`, where it is due: theta_ref <- decay theta_ref + (1 - decay) theta.
+
+        decay 0: the reference of the next mini-batches is the policy (TSO, arXiv 2409.02118, iterative mini-batch DPO);
+        decay 0.5 at every step: the moving average of SAPO (arXiv 2405.20830).
+        """
+        config = self.config.reference
+        if not self.moves or step % config.every:
+            return
+        for own, new in zip(self.model.parameters(), policy.parameters(), strict=True):
+            own.lerp_(new, 1.0 - config.decay)
+
+    def save(self, step: int) -> None:
+        """The weights at `step`, written aside and renamed; those of older steps but one go."""
+        if not self.moves:
+            return
+        self.folder.mkdir(exist_ok=True)
+        aside = self.folder / "aside"
+        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters()}, aside)
+        aside.rename(self._weights(step))
+        for path in sorted(self.folder.glob("step_*.safetensors"))[: -self.config.checkpoint.keep_last - 1]:
+            path.unlink()
+
+    @torch.no_grad()
+    def restore(self, step: int) -> None:
+        """Raises ValueError where the weights of that step are missing."""
+        if not self.moves or step == 0:
+            return
+        path = self._weights(step)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the reference at step {step} is not known; use another --run.name")
+        saved = load_file(path)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(saved[name])
+
+    def _weights(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.safetensors"
 
     def _score(self, chunk: Sequence[tuple[CandidateGroup, list[int]]]) -> dict[_Key, float]:
         if not chunk:

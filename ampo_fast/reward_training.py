@@ -25,6 +25,7 @@ from ampo_fast.model_card import versions
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
+from ampo_fast.reward_checkpoint import load_checkpoint, save_checkpoint
 from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_data import check_margins, hold_out, load_groups, margins_and_labels
 from ampo_fast.reward_evaluation import evaluate_scores, pair_measures, pair_table
@@ -38,9 +39,12 @@ _NUM_COMPARED = 8
 _MAX_NONFINITE_STEPS = 3
 
 
-def train_reward(config: RewardTrainingConfig) -> dict[str, Any]:
-    """Trains, exports the best model to RUN/final, writes report.html; returns the summary (also summary.json)."""
-    return RewardTrainer(config).run()
+def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str, Any]:
+    """Trains, exports the best model to RUN/final, writes report.html; returns the summary (also summary.json).
+
+    With resume, goes on from the run's newest evaluation, or starts anew where there is none.
+    """
+    return RewardTrainer(config, resume=resume).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,9 @@ class Item:
 
 
 class RewardTrainer:
-    def __init__(self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None) -> None:
+    def __init__(
+        self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None, resume: bool = False
+    ) -> None:
         """frozen: an earlier trainer's, of the same backbone, whose outputs are used and added to."""
         self.config = config
         train, held = _groups(config)
@@ -77,26 +83,35 @@ class RewardTrainer:
         per_epoch = math.ceil(len(self.train_items) / config.optim.prompts_per_step)
         self.num_steps = per_epoch * config.run.epochs
         self.eval_steps = _eval_steps(per_epoch, config)
-        self.run_dir = open_run_dir(config, resume=False, folders=())
+        self.run_dir = open_run_dir(config, resume=resume, folders=())
         (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         self.best: dict[str, Any] = {}
         self.num_nonfinite = 0
+        self.step = 0
+        found = load_checkpoint(self.run_dir, self.model, self.optimizer) if resume else None
+        if found:
+            self.best, state = found
+            self.step, self.num_nonfinite = state["step"], state["num_nonfinite"]
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
+        resume_step = self.step if self.best else -1
         with (
-            MetricsLog(self.run_dir, self.config.run.trackers) as self.metrics,
-            TrainingProgress(self.num_steps, plain_interval_s=5) as self.progress,
+            MetricsLog(self.run_dir, self.config.run.trackers, resume_step=resume_step) as self.metrics,
+            TrainingProgress(self.num_steps, self.step, plain_interval_s=5) as self.progress,
         ):
-            self._evaluate(0)
-            stopped = None
-            for step, items in enumerate(self._batches()):
-                self._update(step, items)
-                if step + 1 in self.eval_steps:
-                    stopped = self._evaluate(step + 1)
+            if not self.best:
+                self._evaluate(0)
+            stopped = self._why_stop()
+            for items in itertools.islice(self._batches(), self.step, None):
                 if stopped:
                     break
-        return self._finish(step + 1, stopped, time.monotonic() - started)
+                self._update(self.step, items)
+                self.step += 1
+                if self.step in self.eval_steps:
+                    self._evaluate(self.step)
+                    stopped = self._why_stop()
+        return self._finish(self.step, stopped, time.monotonic() - started)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -173,8 +188,8 @@ class RewardTrainer:
     def _scores(self, items: Sequence[Item]) -> list[torch.Tensor]:
         return self.model.score_groups([item.encoded for item in items], self.config.optim.micro_batch_tokens)
 
-    def _evaluate(self, step: int) -> str | None:
-        """Measures the held-out pairs, keeps the best weights; returns why to stop, or None."""
+    def _evaluate(self, step: int) -> None:
+        """Measures the held-out pairs, keeps the best weights, and writes down where the run stands."""
         with self.progress.phase("eval"):
             scores = self._scores(self.held_items)
             found = pair_measures(pair_table([i.group for i in self.held_items], [s.tolist() for s in scores]))
@@ -187,8 +202,13 @@ class RewardTrainer:
         if not self.best or value < self.best["value"]:
             trained = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
             self.best = {"value": value, "step": step, "weights": trained, "since": 0}
-            return None
-        self.best["since"] += 1
+        else:
+            self.best["since"] += 1
+        state = {"step": step, "num_nonfinite": self.num_nonfinite}
+        save_checkpoint(self.run_dir, self.model, self.optimizer, self.best, state)
+
+    def _why_stop(self) -> str | None:
+        config = self.config.eval
         if config.patience and self.best["since"] >= config.patience:
             return f"{config.patience} evaluations without a better held-out {config.monitor} (eval.patience)"
         return None

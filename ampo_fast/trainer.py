@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ampo_fast import distributed
+from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
@@ -68,7 +69,7 @@ class Trainer:
         if config.optim.activation_checkpointing:
             self.policy.checkpoint_activations()
         self.policy.shard()
-        self.train_prompts = self._prompts(config.data.train, "data.train")
+        self.train_prompts = self._train_prompts()
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.actor)
@@ -254,6 +255,14 @@ class Trainer:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")
         return prompts
 
+    def _train_prompts(self) -> list[Prompt]:
+        config = self.config
+        prompts = self._prompts(config.data.train, "data.train")
+        if not config.data.active_pairs:
+            return prompts
+        count, length = config.data.active_pairs, config.rollout.max_new_tokens
+        return distributed.on_main(lambda: choose_pairs(self.actor, prompts, count, length))
+
     def _eval_prompts(self) -> list[Prompt]:
         config = self.config
         if config.data.eval is None or not config.eval.prompts:
@@ -269,6 +278,8 @@ class Trainer:
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
         # A round under way is on disk, made by an older policy: what samples next is synced when it ends.
+        if self.updater.reference is not None:
+            self.updater.reference.restore(step)
         self._sync(step // self._steps_per_round * self._steps_per_round)
         log.info("resumed from %s", path)
         return step
@@ -282,6 +293,8 @@ class Trainer:
         self.state["spreads"] = self.rounds.spreads_before(self._place(self.step)[0])
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
+            if self.updater.reference is not None:
+                self.updater.reference.save(self.step)
             save_checkpoint(root, self.step, self.policy, self.updater.optimizer, self.state)
             distributed.on_main(lambda: prune_checkpoints(root, self.config.checkpoint))
 

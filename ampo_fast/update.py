@@ -72,6 +72,8 @@ class Updater:
         with progress.phase("optimizer"):
             sums = distributed.total(torch.stack((loss, loss.new_tensor(num_tokens))))
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
+        if self.reference is not None:
+            self.reference.follow(self.policy, step + 1)
         self._guard(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())

@@ -1,13 +1,18 @@
 """The reference's log-probs of given responses: computed once, the same as a forward of their own, checked on resume."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from builders import config, prompt, scored
+from runs import comparable, write_run
 
+from ampo_fast.config import ModelConfig, load_config
+from ampo_fast.model import Policy
 from ampo_fast.packing import pack
 from ampo_fast.reference_logps import ReferenceLogps, reference_hash
+from ampo_fast.trainer import train
 from ampo_fast.types import SelectedGroup
 
 PROMPTS = [prompt(i, f"why {i}?") for i in range(3)]
@@ -63,7 +68,8 @@ def test_a_resumed_run_reads_what_was_computed_and_mends_a_torn_line(tiny_model,
     assert torch.equal(first.of(batch, [selected(1)]), second.of(batch, [selected(1)]))
     second.prepare([selected(2)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 9 and len({(row["id"], row["index"]) for row in rows}) == 9
+    assert len(rows) == 9
+    assert len({(row["id"], row["index"]) for row in rows}) == 9
 
 
 def test_another_model_template_length_or_data_is_refused(tiny_model, tmp_path):
@@ -89,4 +95,66 @@ def test_sampled_responses_are_not_kept(tiny_model, tmp_path, monkeypatch):
     for _ in range(2):
         references.prepare([selected(0)])
         references.of(pack([selected(0)]), [selected(0)])
-    assert len(calls) == 2 and not (tmp_path / "reference").exists()
+    assert len(calls) == 2
+    assert not (tmp_path / "reference").exists()
+
+
+# --- a reference that moves -------------------------------------------------------------------------------------------
+
+
+def moving(tiny_model, **reference):
+    made = config(model={"path": str(tiny_model)}, reference=reference, loss={"name": "DPO"})
+    return ReferenceLogps(made, PROMPTS)
+
+
+@pytest.mark.parametrize(("every", "decay"), [(1, 0.5), (2, 0.0)])
+def test_it_follows_the_policy_when_due(tiny_model, every, decay):
+    references, policy = moving(tiny_model, every=every, decay=decay), Policy.load(ModelConfig(path=str(tiny_model)))
+    start = [p.detach().double() for p in policy.parameters()]
+    expected = start
+    for step in range(1, 5):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p += 0.01 * step
+        references.follow(policy, step)
+        if step % every == 0:
+            expected = [decay * e + (1 - decay) * p.double() for e, p in zip(expected, policy.parameters(), strict=True)]
+    for own, wanted in zip(references.model.parameters(), expected, strict=True):
+        assert torch.allclose(own.double(), wanted, atol=1e-6)
+    assert not references.is_kept
+
+
+def test_its_weights_come_back_and_missing_ones_are_named(tiny_model, tmp_path):
+    references = moving(tiny_model, every=1, decay=0.5)
+    references.keep_in(tmp_path)
+    with torch.no_grad():
+        references.model.head.weight += 0.1
+    for step in range(1, 6):
+        references.save(step)
+    again = moving(tiny_model, every=1, decay=0.5)
+    again.keep_in(tmp_path)
+    again.restore(5)
+    pairs = zip(references.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(list((tmp_path / "reference").iterdir())) == 3
+    with pytest.raises(ValueError, match=r"step_000001\.safetensors is missing"):
+        again.restore(1)
+
+
+@pytest.mark.parametrize("reference", [{}, {"every": 1, "decay": 0.5}])
+def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(tiny_model, tmp_path, reference):
+    rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    offline = {"data": {"train": str(tmp_path / "pairs.jsonl")}, "rollout": {"engine": "data", "prompts_per_round": 0}}
+    more = {"reward": {"kind": "data"}, "eval": {"prompts": 0}, "select": {"k": 1}, "run": {"steps": 4}}
+    more |= {"loss": {"name": "DPO"}, "checkpoint": {"every": 2, "keep_last": 3}, "reference": reference}
+    path = write_run(tmp_path, tiny_model, **offline, **more)
+    train(load_config(str(path)))
+    run = tmp_path / "runs/r"
+    whole = comparable(run)
+    kept = list((run / "reference").glob("*.jsonl"))
+    assert len(kept) == (0 if reference else 1)
+    assert not kept or len(kept[0].read_text().splitlines()) == 8
+    shutil.rmtree(run / "checkpoints/step_000004")
+    train(load_config(str(path)), resume=True)
+    assert comparable(run) == whole

@@ -218,3 +218,34 @@ def test_the_trained_model_is_the_reward_of_a_policy(tiny_model, tmp_path):
     model = RewardModel.load(RewardModelConfig(path=summary["model"]))
     scores = model([model.encode(Prompt(id="p", messages=tuple(row["prompt"]), responses=given))]).tolist()
     assert [response["reward_raw"] for response in row["responses"]] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monkeypatch):
+    whole = train_reward(settings(tmp_path, tiny_model, run={"name": "whole", "epochs": 3}))
+    config = settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3})
+    update = RewardTrainer._update
+
+    def fall_over(self, step, items):
+        if step == 8:
+            raise RuntimeError("the machine went away")
+        update(self, step, items)
+
+    monkeypatch.setattr(RewardTrainer, "_update", fall_over)
+    with pytest.raises(RuntimeError, match="went away"):
+        train_reward(config)
+    monkeypatch.setattr(RewardTrainer, "_update", update)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_reward(config)
+    resumed = train_reward(config, resume=True)
+    rows = []
+    for name in ("whole", "stopped"):
+        found = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        rows.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in found])
+    assert rows[0] == rows[1]
+    assert resumed["log_loss"] == whole["log_loss"]
+    assert train_reward(config, resume=True)["log_loss"] == whole["log_loss"]
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        train_reward(settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3}, optim={"lr": 1.0}), resume=True)
+    (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
+        train_reward(config, resume=True)
