@@ -64,9 +64,7 @@ class Item:
 
 
 class RewardTrainer:
-    def __init__(
-        self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None, resume: bool = False
-    ) -> None:
+    def __init__(self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None, resume: bool = False) -> None:
         """frozen: an earlier trainer's, of the same backbone, whose outputs are used and added to."""
         self.config = config
         train, held = _groups(config)
@@ -174,7 +172,11 @@ class RewardTrainer:
         if with_length and self.length_weight:
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
-        return self.loss_fn(score_M, reward_M, offsets, length_M=length_M)
+        similarity = (
+            divergent_similarity(items).to(score_M.device) if isinstance(self.loss_fn, reward_model.PCRM) else None
+        )
+        more = {} if similarity is None else {"similarity": similarity}
+        return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
 
     def _guard(self, is_finite: bool, step: int) -> None:
         self.num_nonfinite = 0 if is_finite else self.num_nonfinite + 1
@@ -288,6 +290,23 @@ def fit_length_weight(items: Sequence[Item]) -> float:
         raise ValueError(
             f"loss.length_control: the length decides every pair, nothing else is left to learn: {error}"
         ) from None
+
+
+def divergent_similarity(items: Sequence[Item]) -> torch.Tensor:
+    """[B, G, G] PCRM's similarity of two responses: shorter over longer of what follows their common beginning, in tokens.
+
+    arXiv 2404.00978; the ids end in the same closing tokens, so that neither part is empty. Padding and diagonal: 1.
+    """
+    widest = max(len(item.encoded.ids) for item in items)
+    similarity = torch.ones(len(items), widest, widest)
+    for b, item in enumerate(items):
+        for i, j in itertools.combinations(range(len(item.encoded.ids)), 2):
+            first, second = item.encoded.ids[i], item.encoded.ids[j]
+            same = next((t for t, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), None)
+            if same is not None:
+                parts = (len(first) - same, len(second) - same)
+                similarity[b, i, j] = similarity[b, j, i] = min(parts) / max(parts)
+    return similarity
 
 
 def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:

@@ -118,7 +118,9 @@ def test_it_follows_the_policy_when_due(tiny_model, every, decay):
                 p += 0.01 * step
         references.follow(policy, step)
         if step % every == 0:
-            expected = [decay * e + (1 - decay) * p.double() for e, p in zip(expected, policy.parameters(), strict=True)]
+            expected = [
+                decay * e + (1 - decay) * p.double() for e, p in zip(expected, policy.parameters(), strict=True)
+            ]
     for own, wanted in zip(references.model.parameters(), expected, strict=True):
         assert torch.allclose(own.double(), wanted, atol=1e-6)
     assert not references.is_kept

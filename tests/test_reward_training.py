@@ -13,10 +13,12 @@ from ampo_fast.config import build_config
 from ampo_fast.metrics import read_metrics
 from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_data import conversation_key
+from ampo_fast.reward_model import EncodedGroup
 from ampo_fast.reward_training import (
     Item,
     RewardTrainer,
     ScoreInfoNCA,
+    divergent_similarity,
     fit_length_weight,
     make_reward_loss,
     train_reward,
@@ -245,7 +247,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monke
     assert resumed["log_loss"] == whole["log_loss"]
     assert train_reward(config, resume=True)["log_loss"] == whole["log_loss"]
     with pytest.raises(ValueError, match=r"optim\.lr"):
-        train_reward(settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3}, optim={"lr": 1.0}), resume=True)
+        train_reward(
+            settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3}, optim={"lr": 1.0}), resume=True
+        )
     (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         train_reward(config, resume=True)
+
+
+def test_pcrms_similarity_is_that_of_the_parts_that_diverge():
+    ids = ((1, 2, 3, 4, 9), (1, 2, 5, 9), (1, 2, 3, 4, 9), (7, 9))
+    items = [Item(None, EncodedGroup("a", ids, 0)), Item(None, EncodedGroup("b", ids[:2], 0))]
+    found = divergent_similarity(items)
+    assert found.shape == (2, 4, 4)
+    expected = [[1, 2 / 3, 1, 2 / 5], [2 / 3, 1, 2 / 3, 2 / 4], [1, 2 / 3, 1, 2 / 5], [2 / 5, 2 / 4, 2 / 5, 1]]
+    assert torch.allclose(found[0], torch.tensor(expected))
+    assert torch.allclose(found[1, :2, :2], torch.tensor([[1, 2 / 3], [2 / 3, 1]]))
