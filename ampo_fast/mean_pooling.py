@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ampo_fast.frozen_blocks import find_blocks
+from ampo_fast.frozen_blocks import Skip, find_blocks
 
 _PARTS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
           "attention.output.LayerNorm", "output.dense", "output.LayerNorm")  # fmt: skip
@@ -53,6 +53,22 @@ def append_mean_block(model: Any, num_kept: int | None, field: str) -> None:
     if num_kept == 0:  # a model has at least one block; this is now it
         del blocks[0]
     model.config.num_hidden_layers = len(blocks)
+
+
+@torch.no_grad()
+def mean_first_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[n, D] the first tokens after the appended block, without running it: it does nothing but average."""
+    blocks = find_blocks(model.base_model)
+    block = blocks[-1]
+    blocks[-1] = Skip()
+    try:
+        hidden_nLD = model.base_model(**inputs).last_hidden_state
+    finally:
+        blocks[-1] = block
+    mask_nL = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    weight_nL = mask_nL / mask_nL.sum(1, keepdim=True)
+    mean_nD = torch.einsum("nl,nld->nd", weight_nL.to(hidden_nLD.dtype), hidden_nLD)
+    return block.output.LayerNorm(block.attention.output.LayerNorm(hidden_nLD[:, 0] + mean_nD))
 
 
 @torch.no_grad()

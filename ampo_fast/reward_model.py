@@ -19,7 +19,7 @@ from torch import nn
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
 from ampo_fast.frozen_blocks import FrozenBlocks
-from ampo_fast.mean_pooling import append_mean_block, standardise
+from ampo_fast.mean_pooling import append_mean_block, mean_first_tokens, standardise
 from ampo_fast.model import attention_implementation
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_text import RewardText
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         self.is_shared = self._decide_shared(config.attention, field)
         self.frozen = FrozenBlocks(model, config.trained_blocks, config.cache_mib)
         self.reads_first = config.pooling == "mean" and config.trained_blocks == 0
-        """Whether only the first token leaves the frozen blocks: then nothing else of them needs to be kept."""
+        """Whether only the first token leaves the frozen blocks: then nothing else of them is computed or kept."""
         self.num_fed = 0
         """Tokens fed so far, padding included; num_real: without it; num_read: each response with its own prompt."""
         self.num_real = 0
@@ -163,10 +163,19 @@ class RewardModel(nn.Module):
         """Each different row once, in chunks of like lengths, through HF's own forward."""
         unique = sorted(set(rows), key=len)
         place = {ids: i for i, ids in enumerate(unique)}
-        scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique)])
+        if self.reads_first:
+            scores_U = self._head(self._first_tokens(unique))
+        else:
+            scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique)])
         return scores_U[torch.tensor([place[ids] for ids in rows], device=self.device)]
 
     def _padded_chunk(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        inputs = self._inputs(rows)
+        units = [(m, 0, len(ids)) for m, ids in enumerate(rows)]
+        run = lambda: self.model(**inputs).logits  # noqa: E731
+        return self.frozen.forward(rows, units, tuple(inputs["input_ids"].shape), run)[:, 0]
+
+    def _inputs(self, rows: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
         longest = max(len(ids) for ids in rows)
         token_ML = torch.full((len(rows), longest), self.text.pad_id)
         mask_ML = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -178,9 +187,19 @@ class RewardModel(nn.Module):
         inputs = {"input_ids": token_ML.to(self.device), "attention_mask": mask_ML.to(self.device)}
         if all(len(ids) == longest for ids in rows):
             del inputs["attention_mask"]  # nothing is padded, and attention is faster without a mask
-        units = [(m, 0, 1 if self.reads_first else len(ids)) for m, ids in enumerate(rows)]
-        run = lambda: self.model(**inputs).logits  # noqa: E731
-        return self.frozen.forward(rows, units, tuple(token_ML.shape), run)[:, 0]
+        return inputs
+
+    def _first_tokens(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """[n, D] what the frozen blocks leave at each row's first token, computed once."""
+        found = {ids: self.frozen.kept[ids] for ids in rows if ids in self.frozen.kept}
+        for chunk in _like_lengths([ids for ids in rows if ids not in found]):
+            for ids, first_D in zip(chunk, mean_first_tokens(self.model, self._inputs(chunk)), strict=True):
+                found[ids] = first_D
+                self.frozen.keep(ids, first_D)
+        return torch.stack([found[ids] for ids in rows])
+
+    def _head(self, first_nD: torch.Tensor) -> torch.Tensor:
+        return self.model.classifier(self.model.base_model.pooler(first_nD[:, None]))[:, 0]
 
     @torch.no_grad()
     def standardise_pooling(self, groups: Sequence[EncodedGroup], max_tokens: int) -> None:

@@ -55,12 +55,17 @@ def test_padding_does_not_count_and_the_pooler_standardises(tiny_bert):
     assert trained == {"model.classifier.weight", "model.classifier.bias"}
 
 
-def test_only_the_first_token_is_kept_and_scores_stay(tiny_bert):
+def test_the_frozen_blocks_run_once_and_change_nothing(tiny_bert):
     model = load(tiny_bert, pooling="mean", keep_blocks=1, trained_blocks=0)
     encoded = encode(model)
     first = model(encoded)
-    assert all(kept.shape == (1, 16) for kept in model.frozen._kept.values())
-    assert torch.allclose(model([encoded[2], encoded[0], encoded[1]])[2:], first[:5], atol=1e-6)
+    fed = model.num_fed
+    assert torch.equal(model([encoded[2], encoded[0], encoded[1]])[2:], first[:5])
+    assert model.num_fed == fed
+    first.sum().backward()
+    assert model.model.classifier.weight.grad.any()
+    assert torch.allclose(load(tiny_bert, pooling="mean", keep_blocks=1)(encoded), first, atol=1e-5)
+    assert torch.allclose(load(tiny_bert, pooling="mean", keep_blocks=1, trained_blocks=0, cache_mib=0)(encoded), first)
 
 
 def test_the_export_scores_the_same_in_hf_and_is_not_changed_again(tiny_bert, tmp_path):
