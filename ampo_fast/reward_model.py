@@ -7,7 +7,6 @@ Shapes: M responses, T packed tokens, L padded length, D hidden.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch import nn
 
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
+from ampo_fast.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
 from ampo_fast.frozen_blocks import FrozenBlocks
 from ampo_fast.mean_pooling import append_mean_block, mean_first_tokens, standardise
 from ampo_fast.model import attention_implementation
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_text import RewardText
 from ampo_fast.types import Prompt, Segment
-
-log = logging.getLogger(__name__)
 
 _MAX_WASTE = 0.1
 _MIN_CHUNK_TOKENS = 1024
@@ -83,10 +81,10 @@ class RewardModel(nn.Module):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             settings = AutoConfig.from_pretrained(source, **options)
-            _check_outputs(settings, config.path, field)
+            check_outputs(settings, config.path, field)
             settings.num_labels = 1
-            _keep_blocks(settings, config, field)
-            text = RewardText(tokenizer, _limit(max_tokens, tokenizer, settings))
+            cut_blocks(settings, config, field)
+            text = RewardText(tokenizer, token_limit(max_tokens, tokenizer, settings))
             settings.get_text_config().pad_token_id = text.pad_id
             if seed is not None:
                 torch.manual_seed(seed)  # of the new head
@@ -95,7 +93,7 @@ class RewardModel(nn.Module):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{field} = {config.path!r} cannot be loaded as a classifier: {error}") from error
-        _check_missing(model, settings, info, config.path, field, seed is not None)
+        check_missing(model, settings, info, config.path, field, seed is not None)
         if config.pooling == "mean":
             append_mean_block(model, config.keep_blocks, field)
         return cls(model, text, config, field)
@@ -301,56 +299,3 @@ def _shared_length(ids: Sequence[Sequence[int]]) -> int:
     """How many first tokens all rows share, leaving each at least one of its own."""
     shortest = min(len(row) for row in ids) - 1
     return next((t for t in range(shortest) if any(row[t] != ids[0][t] for row in ids)), shortest)
-
-
-def _limit(wanted: int | None, tokenizer: Any, settings: Any) -> int:
-    """data.max_tokens, else what an exported reward model says of its longest input, else its positions."""
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if wanted is None:
-        return min(tokenizer.model_max_length, positions or 512)
-    if positions is not None and wanted > positions:
-        raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
-    return wanted
-
-
-def _keep_blocks(settings: Any, config: RewardModelConfig, field: str) -> None:
-    """Cuts the configuration to the first keep_blocks blocks. Raises ValueError for a reward model, or too many."""
-    wanted = {"keep_blocks": config.keep_blocks is not None, "pooling": config.pooling != "native"}
-    changed = [name for name, is_wanted in wanted.items() if is_wanted]
-    if changed and _is_classifier(settings):
-        raise ValueError(f"{field} = {config.path!r} is a classifier already; leave model.{changed[0]} out")
-    if config.keep_blocks is None:
-        return
-    if config.keep_blocks == 0 and config.pooling == "native":
-        raise ValueError('model.keep_blocks = 0 leaves nothing but embeddings: it needs model.pooling = "mean"')
-    inner, count = settings.get_text_config(), max(1, config.keep_blocks)
-    if count > inner.num_hidden_layers:
-        raise ValueError(
-            f"model.keep_blocks = {config.keep_blocks}, but {config.path!r} has {inner.num_hidden_layers} blocks"
-        )
-    if getattr(inner, "layer_types", None):
-        inner.layer_types = inner.layer_types[:count]
-    inner.num_hidden_layers = count
-
-
-def _check_outputs(settings: Any, path: str, field: str) -> None:
-    if _is_classifier(settings) and settings.num_labels != 1:
-        raise ValueError(f"{field} = {path!r} has {settings.num_labels} outputs, not one")
-
-
-def _is_classifier(settings: Any) -> bool:
-    return any("SequenceClassification" in name for name in settings.architectures or ())
-
-
-def _check_missing(model: Any, settings: Any, info: dict, path: str, field: str, may_be_new: bool) -> None:
-    """A parameter that is missing from the checkpoint is initialised at random and scores noise, plausibly."""
-    missing = sorted(info["missing_keys"])
-    prefix = f"{model.base_model_prefix}."
-    is_head = all(not name.startswith(prefix) or "pooler" in name for name in missing)
-    if missing and not (may_be_new and is_head and not _is_classifier(settings)):
-        hint = "it is no reward model" if is_head else "it is another architecture"
-        raise ValueError(
-            f"{field} = {path!r}: its checkpoint lacks {', '.join(missing[:5])} ({hint}); nothing random is used"
-        )
-    if missing:
-        log.warning("%s: a new head: %s", field, ", ".join(missing))

@@ -263,3 +263,23 @@ def test_pcrms_similarity_is_that_of_the_parts_that_diverge():
     expected = [[1, 2 / 3, 1, 2 / 5], [2 / 3, 1, 2 / 3, 2 / 4], [1, 2 / 3, 1, 2 / 5], [2 / 5, 2 / 4, 2 / 5, 1]]
     assert torch.allclose(found[0], torch.tensor(expected))
     assert torch.allclose(found[1, :2, :2], torch.tensor([[1, 2 / 3], [2 / 3, 1]]))
+
+
+def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for i in range(16):
+        ratings = [rng.choice([1.0, 7 / 3, 10 / 3]) for _ in range(4)]
+        ratings[:3] = [1.0, 1.0, 10 / 3]
+        texts = ["z" * n + "abcdefgh"[: 8 - n] for n in rng.sample(range(8), 4)]
+        responses = [{"content": t, "reward": r} for t, r in zip(texts, ratings, strict=True)]
+        rows.append({"prompt": f"q{i}", "responses": responses})
+    path = tmp_path / "rated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss = {"name": "MMPOReward", "params": {"gamma": 1.0}}
+    summary = train_reward(settings(tmp_path, tiny_model, data={"train": str(path)}, loss=loss, run={"epochs": 1}))
+    assert summary["num_ties"] > 0
+    assert summary["num_pairs"] + summary["num_ties"] == 4 * 6  # a quarter of the prompts is held out
+    evaluation = json.loads((tmp_path / "runs/reward/evaluation.json").read_text())
+    assert evaluation["num_groups"] == 4
+    assert 0.5 <= evaluation["tie_confidence"] < 1.0
