@@ -67,6 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--test-share", type=float, default=0.2)
     parser.add_argument("--speed-pairs", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -106,7 +107,7 @@ def accuracy(options: argparse.Namespace, work: Path) -> dict:
     """mean and standard error over seeds, on test prompts."""
     found: dict[str, list[dict]] = {"bt": [], "mmpo": []}
     shared = None
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         train, test = _split(options, work, seed)
         for variant, loss in LOSSES.items():
             trainer = RewardTrainer(_config(options, work, train, f"{variant}{seed}", seed, loss), shared)
