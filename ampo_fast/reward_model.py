@@ -202,6 +202,9 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def standardise_pooling(self, groups: Sequence[EncodedGroup], max_tokens: int) -> None:
         """Fits model.pooling = "mean" to the spread of these responses; to be called once, before training."""
+        if self.reads_first:
+            rows = sorted({ids for group in groups for ids in group.ids}, key=lambda ids: (len(ids), ids))
+            return standardise(self.model, self._first_tokens(rows))
         first: list[torch.Tensor] = []
         take = lambda module, args: first.append(args[0][:, 0])  # noqa: E731
         with self.model.base_model.pooler.register_forward_pre_hook(take):

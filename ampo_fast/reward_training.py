@@ -223,6 +223,7 @@ class RewardTrainer:
         sample = sorted((item.encoded for item in self.held_items), key=lambda e: e.packed_tokens)[:_NUM_COMPARED]
         final = self.run_dir / "final"
         difference = self.model.export(final, sample)
+        real = self.model.num_real
         numbers = ("accuracy", "accuracy_interval", "accuracy_se_by_prompt", "accuracy_longer_wins", "log_loss", "brier",
                    "ece", "num_pairs", "num_prompts", "num_ties")  # fmt: skip
         summary = {
@@ -231,8 +232,9 @@ class RewardTrainer:
             "steps": step,
             "best_step": self.best["step"],
             **{key: evaluation[key] for key in numbers},
-            "padding_factor": round(self.model.num_fed / self.model.num_real, 4),
-            "sharing_factor": round(self.model.num_read / self.model.num_real, 4),
+            # None where an earlier trainer's cache held everything.
+            "padding_factor": round(self.model.num_fed / real, 4) if real else None,
+            "sharing_factor": round(self.model.num_read / real, 4) if real else None,
             "num_truncated": self.model.text.num_truncated,
             "export_difference": difference,
             "wall_s": round(wall_s, 1),
