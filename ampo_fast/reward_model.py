@@ -200,16 +200,17 @@ class RewardModel(nn.Module):
         return self.model.classifier(self.model.base_model.pooler(first_nD[:, None]))[:, 0]
 
     @torch.no_grad()
-    def standardise_pooling(self, groups: Sequence[EncodedGroup], max_tokens: int) -> None:
+    def standardise_pooling(self, groups: Sequence[EncodedGroup]) -> None:
         """Fits model.pooling = "mean" to the spread of these responses; to be called once, before training."""
+        rows = sorted({ids for group in groups for ids in group.ids}, key=lambda ids: (len(ids), ids))
         if self.reads_first:
-            rows = sorted({ids for group in groups for ids in group.ids}, key=lambda ids: (len(ids), ids))
-            return standardise(self.model, self._first_tokens(rows))
-        first: list[torch.Tensor] = []
-        take = lambda module, args: first.append(args[0][:, 0])  # noqa: E731
-        with self.model.base_model.pooler.register_forward_pre_hook(take):
-            self.score_groups(groups, max_tokens)
-        standardise(self.model, torch.cat(first))
+            first_nD = self._first_tokens(rows)
+        else:
+            first_nD = torch.cat([self._run_to_pooler(chunk) for chunk in _like_lengths(rows)])
+        standardise(self.model, first_nD)
+
+    def _run_to_pooler(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        return self.model.base_model(**self._inputs(rows)).last_hidden_state[:, 0]
 
     # --- start and end ------------------------------------------------------------------------------------------------
 

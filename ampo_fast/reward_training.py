@@ -75,7 +75,7 @@ class RewardTrainer:
         self.train_items = self._encode(train, "data.train")
         self.held_items = self._encode(held, "data.eval")
         if config.model.pooling == "mean":
-            self.model.standardise_pooling([i.encoded for i in self.train_items], config.optim.micro_batch_tokens)
+            self.model.standardise_pooling([item.encoded for item in self.train_items])
         self.length_weight = fit_length_weight(self.train_items) if config.loss.length_control else 0.0
         self.optimizer = make_optimizer(self.model.parameters(), config.optim)
         per_epoch = math.ceil(len(self.train_items) / config.optim.prompts_per_step)
