@@ -1,9 +1,9 @@
 """Attention over packed groups [prompt | y1 | y2 | ...]: each prompt's keys and values are computed once and shared.
 
 Linear layers see every prompt token once. Only inside attention are the prompt's K and V put before each response's
-own, and torch SDPA runs on the pieces (a few plain operations where scores are soft-capped). Registered with
-transformers' AttentionInterface, so Llama-like models need no change to their code; `segments=plan` travels through the
-model's forward as a keyword.
+own. In half precision on CUDA one variable-length kernel does them all (attention_varlen.py); elsewhere torch SDPA runs on
+the pieces (a few plain operations where scores are soft-capped). Registered with transformers' AttentionInterface, so
+Llama-like models need no change to their code; `segments=plan` travels through the model's forward as a keyword.
 
 Shapes: T packed tokens, H query heads, K key/value heads, A head size.
 """
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ampo_fast import attention_varlen
+from ampo_fast.attention_varlen import VarlenPlan
 from ampo_fast.types import Segment
 
 NAME = "ampo_segments"
@@ -36,6 +38,7 @@ class SegmentPlan:
     """Lengths of [prompt, y1, y2, ...] of all groups, in packed order; zero-length responses included."""
     responses_per_group: tuple[int, ...]
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _varlen: dict[torch.device, VarlenPlan] = field(default_factory=dict)
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> SegmentPlan:
@@ -53,6 +56,11 @@ class SegmentPlan:
                 allowed = allowed.triu(diagonal=before - window + 1)
             self._masks[key] = query.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
         return self._masks[key]
+
+    def varlen(self, device: torch.device) -> VarlenPlan:
+        if device not in self._varlen:
+            self._varlen[device] = VarlenPlan.build(self.piece_lengths, self.responses_per_group, device)
+        return self._varlen[device]
 
 
 def segment_attention(
@@ -80,11 +88,32 @@ def segment_attention(
             'set model.attention = "unshared" for this model'
         )
     options = {"scale": scaling if scaling is not None else query.shape[-1] ** -0.5, "softcap": softcap}
-    groups = query.shape[1] // key.shape[1]
+    options["sliding_window"] = sliding_window
+    if attention_varlen.can_run(query, softcap):
+        return _by_kernel(query, key, value, segments, **options), None
+    return _by_pieces(query, key, value, segments, **options), None
+
+
+def _by_kernel(query, key, value, segments: SegmentPlan, **options: Any) -> torch.Tensor:
+    dtype = attention_varlen.compute_dtype(query)
+    query_THA, key_TKA, value_TKA = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    plan = segments.varlen(query.device)
+    return attention_varlen.varlen_attention(query_THA, key_TKA, value_TKA, plan, **options)[None]
+
+
+def _by_pieces(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: SegmentPlan,
+    *,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    options = {"scale": scale, "softcap": softcap}
     # split, not slices: the backward of a slice writes a full-size gradient, the backward of split is one cat.
-    query_pieces = query.split(segments.piece_lengths, dim=2)
-    key_pieces = key.repeat_interleave(groups, dim=1).split(segments.piece_lengths, dim=2)
-    value_pieces = value.repeat_interleave(groups, dim=1).split(segments.piece_lengths, dim=2)
+    query_pieces, key_pieces, value_pieces = (x.split(segments.piece_lengths, dim=2) for x in (query, key, value))
     out, i = [], 0
     for num_responses in segments.responses_per_group:
         prompt_key, prompt_value = key_pieces[i], value_pieces[i]
@@ -100,7 +129,7 @@ def segment_attention(
             mask = segments.mask(prompt, query_pieces[j], sliding_window)
             out.append(_attend(query_pieces[j], keys, values, mask, **options))
         i += 1 + num_responses
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def _attend(
@@ -114,9 +143,14 @@ def _attend(
 ) -> torch.Tensor:
     """softmax(cap(q k^T scale) + mask) v; torch's kernel where there is no cap, which it does not know; None: causal."""
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+        # Query heads read their shared key head in place: repeating it first takes a tenth longer on a CPU.
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
-    return torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    work = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores + mask, dim=-1, dtype=work).to(value.dtype) @ value
 
 
 def register() -> None:

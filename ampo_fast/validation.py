@@ -13,7 +13,10 @@ _nan_is_let_through: ContextVar[bool] = ContextVar("nan_is_let_through", default
 
 
 def validate(flag: bool) -> None:
-    """Whether value checks (target range, NaN) also run, and wait for the device, on CUDA tensors. They always run on a CPU."""
+    """Whether value checks (target range, NaN) also run, and wait for the device, on CUDA tensors. They always run on a CPU.
+
+    Off, a bad target or logit makes its log-prob NaN, and the loss with it, which a trainer's non-finite guard sees.
+    """
     global _VALIDATE_VALUES_ON_CUDA
     _VALIDATE_VALUES_ON_CUDA = bool(flag)
 

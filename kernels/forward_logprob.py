@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.row_pass import at_most_zero
 
 
 @triton.jit
@@ -26,7 +27,8 @@ def split_kernel(
     target = tl.load(target_R + rows, mask=is_row, other=-1)
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    z_target = tl.zeros((BLOCK_R,), tl.float32)
+    # NaN where the target is no token: nobody waits for the device to say so, and the log-prob must not look sound.
+    z_target = tl.where((target >= 0) & (target < num_tokens), 0.0, float("nan"))
     z_eos = tl.zeros((BLOCK_R,), tl.float32)
     row_offset = rows.to(tl.int64)[:, None] * hidden_stride
     first = split * tokens_per_split
@@ -85,9 +87,9 @@ def merge_kernel(
         if HAS_EOS:
             z_eos += tl.load(eos_SR + at, mask=is_row, other=0.0)
     lse = top + tl.log(total)
-    tl.store(logp_R + rows, tl.minimum(z_target - lse, 0.0), mask=is_row)
+    tl.store(logp_R + rows, at_most_zero(z_target - lse), mask=is_row)
     if HAS_EOS:
-        tl.store(eos_logp_R + rows, tl.minimum(z_eos - lse, 0.0), mask=is_row)
+        tl.store(eos_logp_R + rows, at_most_zero(z_eos - lse), mask=is_row)
 
 
 def tiles(dtype: torch.dtype, major: int) -> dict[str, int]:

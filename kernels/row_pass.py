@@ -28,6 +28,12 @@ def _scores(
 
 
 @triton.jit
+def at_most_zero(logp):
+    """min(logp, 0) that keeps NaN: a GPU's own min(NaN, 0) is 0, a log-prob of certainty."""
+    return tl.where(logp > 0.0, 0.0, logp)
+
+
+@triton.jit
 def logprob_kernel(
     logits_RV, bias_V, target_R, lse_R, logp_R, rest_R, eos_logp_R,
     num_tokens, row_stride, eos_id, softcap, inv_temperature,
@@ -56,11 +62,13 @@ def logprob_kernel(
         top = new_top
     own = tl.exp(z_target - top)
     lse = top + tl.log(others + own)
+    is_token = (target >= 0) & (target < num_tokens)
     tl.store(lse_R + row, lse)
-    tl.store(logp_R + row, tl.minimum(z_target - lse, 0.0))
+    # NaN where the target is no token: nobody waits for the device to say so, and the loss must not look sound.
+    tl.store(logp_R + row, tl.where(is_token, at_most_zero(z_target - lse), float("nan")))
     tl.store(rest_R + row, others / (others + own))
     if HAS_EOS:
-        tl.store(eos_logp_R + row, tl.minimum(z_eos - lse, 0.0))
+        tl.store(eos_logp_R + row, at_most_zero(z_eos - lse))
 
 
 @triton.jit

@@ -230,3 +230,36 @@ def test_every_kernel_compiles_without_spills_and_uses_tensor_cores_for_its_dots
         assert kernel["local"] == 0, kernel
     core = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
     assert [k["tensor_cores"] for k in kernels if k["kernel"] == "forward_bf16"] == [core]
+
+
+@pytest.mark.parametrize("bad", [-1, 1000])
+def test_a_target_outside_the_vocabulary_is_a_nan_log_prob_and_no_other_row_changes(bad):
+    """On CUDA nobody waits for a check: without this the row would have the log-prob of a token with logit 0."""
+    from ampo_fast.kernels.forward_logprob import forward_logprob
+    from ampo_fast.kernels.row_pass import row_logprob
+
+    hidden, weight, target, bias = head(7, 64, 1000, torch.float32)
+    good = forward_logprob(hidden, weight, target, bias, 1.0, None, None)[0]
+    broken = target.clone()
+    broken[3] = bad
+    rest = torch.arange(7, device=DEVICE) != 3
+    for logp in (
+        forward_logprob(hidden, weight, broken, bias, 1.0, None, None)[0],
+        row_logprob(hidden @ weight.T, broken, bias, 1.0, None, None)[1],
+    ):
+        assert logp[3].isnan()
+        torch.testing.assert_close(logp[rest], good[rest], rtol=1e-5, atol=1e-5)
+
+
+def test_nan_logits_are_nan_log_probs():
+    """A GPU's min(NaN, 0) is 0: a clamp written with it would turn them into certainty."""
+    from ampo_fast.kernels.forward_logprob import forward_logprob
+    from ampo_fast.kernels.row_pass import row_logprob
+
+    hidden, weight, target, bias = head(7, 64, 1000, torch.float32)
+    hidden[2] = float("nan")
+    for logp, eos in (
+        forward_logprob(hidden, weight, target, bias, 1.0, None, 3),
+        row_logprob(hidden @ weight.T, target, bias, 1.0, None, 3)[1::2],
+    ):
+        assert logp.isnan().tolist() == eos.isnan().tolist() == [row == 2 for row in range(7)]

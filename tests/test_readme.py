@@ -23,3 +23,13 @@ def test_the_example_of_the_fused_loss_runs_as_written(tiny_model):
     logp = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])[:, 4:, 0].sum(1)
     torch.testing.assert_close(names["stats"].logp_M, logp, atol=1e-4, rtol=1e-4)
     assert model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_its_tables_say_what_the_rows_of_the_benches_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(README.parent / "bench"))
+    import readme_tables
+
+    text = README.read_text()
+    assert text.count("<!-- rows: ") == len(readme_tables.TABLES)
+    assert readme_tables.with_tables(text) == text, "run python bench/readme_tables.py"
+    assert readme_tables.with_tables(text.replace("| random |", "| rnd |")) == text

@@ -1,0 +1,181 @@
+"""Shared-prefix attention as one variable-length kernel call: prompts' keys and values gathered once per response.
+
+The kernel (flash-attn where it is installed, else torch's own varlen_attn) sees sequences of queries and, for each, a
+longer one of keys: a prompt sees itself, a response sees its prompt and itself. It aligns the causal mask to the last
+query and key, so that a response token sees the whole prompt. Half-precision on CUDA only; elsewhere attention.py runs
+the pieces one by one.
+
+Shapes: T packed tokens, S gathered keys, H query heads, K key/value heads, A head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_HALF = (torch.float16, torch.bfloat16)
+_MAX_HEAD_SIZE = 256  # of both kernels
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenPlan:
+    """Where each sequence's queries and keys lie; all tensors on the device of the forward."""
+
+    key_index_S: torch.Tensor
+    """Packed token of each gathered key."""
+    own_T: torch.Tensor
+    """Gathered key that is the token's own one, not a copy for a response."""
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """Pair j: prompt tokens, and the gathered keys that are their copies for response j of their group; none twice."""
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    max_query: int
+    max_key: int
+
+    @classmethod
+    def build(
+        cls, piece_lengths: Sequence[int], responses_per_group: Sequence[int], device: torch.device
+    ) -> VarlenPlan:
+        """piece_lengths: [prompt, y1, y2, ...] of all groups, in packed order; empty responses are no sequence."""
+        keys: list[torch.Tensor] = []
+        own: list[torch.Tensor] = []
+        copies: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        queries, lengths = [], []
+        lengths_left = iter(piece_lengths)
+        token = at = 0
+        for num_responses in responses_per_group:
+            prompt = torch.arange(token, token + next(lengths_left))
+            pieces = [prompt, *(_take(lengths_left, token, prompt.numel(), num_responses))]
+            token += sum(map(len, pieces))
+            nonempty = [piece for piece in pieces[1:] if len(piece)]
+            for j, piece in enumerate([prompt, *nonempty]):
+                seen = prompt if j == 0 else torch.cat((prompt, piece))
+                keys.append(seen)
+                own.append(torch.arange(at + len(seen) - len(piece), at + len(seen)))
+                if j:
+                    if len(copies) < j:
+                        copies.append(([], []))
+                    copies[j - 1][0].append(prompt)
+                    copies[j - 1][1].append(torch.arange(at, at + len(prompt)))
+                queries.append(len(piece))
+                lengths.append(len(seen))
+                at += len(seen)
+        return cls(
+            key_index_S=torch.cat(keys).to(device),
+            own_T=torch.cat(own).to(device),
+            copies=tuple((torch.cat(tokens).to(device), torch.cat(at_S).to(device)) for tokens, at_S in copies),
+            query_offsets=_offsets(queries, device),
+            key_offsets=_offsets(lengths, device),
+            max_query=max(queries),
+            max_key=max(lengths),
+        )
+
+
+def _take(lengths, token: int, prompt: int, count: int) -> list[torch.Tensor]:
+    """The packed tokens of the next `count` responses, which follow a prompt that starts at `token`."""
+    ends = list(itertools.accumulate(itertools.islice(lengths, count), initial=token + prompt))
+    return [torch.arange(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+class _Gather(torch.autograd.Function):
+    """x_T[key_index]; the backward sums the copies in float32 and always in the same order (an atomic index_add does not)."""
+
+    @staticmethod
+    def forward(ctx, x_TKA: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
+        ctx.plan = plan
+        return x_TKA[plan.key_index_S]
+
+    @staticmethod
+    def backward(ctx, grad_SKA: torch.Tensor) -> tuple[torch.Tensor, None]:
+        plan = ctx.plan
+        work = torch.promote_types(grad_SKA.dtype, torch.float32)
+        grad_TKA = grad_SKA[plan.own_T].to(work)
+        for token, at_S in plan.copies:
+            # No token is named twice in one call: there is no order of additions to be left to chance.
+            grad_TKA.index_add_(0, token, grad_SKA[at_S].to(work))
+        return grad_TKA.to(grad_SKA.dtype), None
+
+
+def varlen_attention(
+    query_THA: torch.Tensor,
+    key_TKA: torch.Tensor,
+    value_TKA: torch.Tensor,
+    plan: VarlenPlan,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softmax(cap(q k^T scale)) v of every token over its prompt and its own response up to itself, [T, H, A].
+
+    query [T, H, A], key and value [T, K, A], K dividing H, of one half-precision type. sliding_window: tokens seen, the
+    query's own included.
+    """
+    # A window of W tokens is W - 1 to the left; 0 to the right is causal.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    return kernel(softcap)(
+        query_THA, _Gather.apply(key_TKA, plan), _Gather.apply(value_TKA, plan), plan, scale, window, softcap
+    )
+
+
+def can_run(query: torch.Tensor, softcap: float | None) -> bool:
+    """Whether a kernel takes this query: CUDA, half precision (under autocast too), head size, a soft cap."""
+    return (
+        query.is_cuda
+        and compute_dtype(query) in _HALF
+        and query.shape[-1] <= _MAX_HEAD_SIZE
+        and kernel(softcap) is not None
+    )
+
+
+def compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """The type to attend in: autocast's where it is on (rotary embeddings leave queries in float32 there)."""
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    return query.dtype
+
+
+@functools.cache
+def kernel(softcap: float | None) -> Callable | None:
+    """flash-attn's, else torch's, which knows no soft cap; None where neither serves."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None if softcap else _torch_kernel()
+    return functools.partial(_flash_attn, flash_attn_varlen_func)
+
+
+def _flash_attn(function, query, key, value, plan: VarlenPlan, scale, window, softcap):
+    return function(
+        query, key, value, plan.query_offsets, plan.key_offsets, plan.max_query, plan.max_key, softmax_scale=scale,
+        causal=True, window_size=window, softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _torch_kernel() -> Callable | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return functools.partial(_torch_varlen, varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters)
+
+
+def _torch_varlen(function, knows_gqa: bool, query, key, value, plan: VarlenPlan, scale, window, softcap):
+    repeats = query.shape[1] // key.shape[1]
+    options = {"enable_gqa": True} if knows_gqa and repeats > 1 else {}
+    if repeats > 1 and not knows_gqa:  # the first releases of it
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return function(
+        query, key, value, plan.query_offsets, plan.key_offsets, plan.max_query, plan.max_key,
+        scale=scale, window_size=window, **options,
+    )  # fmt: skip
