@@ -11,7 +11,7 @@ LEVELS = [
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
-    {"data", "attention", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
+    {"data", "attention", "attention_varlen", "model", "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
      "weight_sync", "checkpoint", "stage_files", "step_metrics", "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "rounds", "reward_data", "reward_text", "frozen_blocks", "mean_pooling",
      "reward_checkpoint", "classifier_settings", "active_pairs", "reward_model", "reward_evaluation",
