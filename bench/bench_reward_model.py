@@ -68,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="default: all")
     parser.add_argument("--test-share", type=float, default=0.2)
     parser.add_argument("--speed-pairs", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -105,11 +106,11 @@ def _config(options: argparse.Namespace, work: Path, train: Path, name: str, see
 
 def accuracy(options: argparse.Namespace, work: Path) -> dict:
     """mean and standard error over seeds, on test prompts."""
-    found: dict[str, list[dict]] = {"bt": [], "mmpo": []}
+    found: dict[str, list[dict]] = {variant: [] for variant in options.losses}
     shared = None
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         train, test = _split(options, work, seed)
-        for variant, loss in LOSSES.items():
+        for variant, loss in ((name, LOSSES[name]) for name in options.losses):
             trainer = RewardTrainer(_config(options, work, train, f"{variant}{seed}", seed, loss), shared)
             summary = trainer.run()
             shared = trainer.model.frozen
@@ -122,18 +123,20 @@ def accuracy(options: argparse.Namespace, work: Path) -> dict:
             _write_curve(options, work / f"{variant}{seed}", variant, seed)
             keys = ("accuracy", "accuracy_longer_wins", "brier", "ece", "log_loss")
             print(f"seed {seed} {variant}: " + ", ".join(f"{key} {result[key]:.4f}" for key in keys), flush=True)
-    return {
-        "accuracy_longer_wins": _mean_se([r["accuracy_longer_wins"] for r in found["bt"]]),
+    answer = {
+        "accuracy_longer_wins": _mean_se([r["accuracy_longer_wins"] for r in found[options.losses[0]]]),
         **{
             f"{key}_{variant}": _mean_se([r[key] for r in results])
             for key in ("accuracy", "ece", "brier")
             for variant, results in found.items()
         },
-        "mmpo_minus_bt": {
+    }
+    if set(found) >= {"bt", "mmpo"}:
+        answer["mmpo_minus_bt"] = {
             key: _mean_se([m[key] - b[key] for m, b in zip(found["mmpo"], found["bt"], strict=True)])
             for key in ("accuracy", "ece", "brier")
-        },
-    }
+        }
+    return answer
 
 
 def _split(options: argparse.Namespace, work: Path, seed: int) -> tuple[Path, list]:
