@@ -98,8 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--id", help="only this prompt")
     inspect.add_argument("--limit", type=_count, default=3, help="how many prompts (default 3)")
     inspect.set_defaults(run=_inspect)
-    report = commands.add_parser("report", help="write report.html of a run directory again", allow_abbrev=False)
-    report.add_argument("run_dir", type=Path)
+    report = commands.add_parser(
+        "report", help="write report.html of a run directory again, or the page of a stage file", allow_abbrev=False
+    )
+    report.add_argument("path", type=Path, metavar="PATH", help="a run directory, or what `select` wrote")
     report.set_defaults(run=_report)
     return parser
 
@@ -310,11 +312,16 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.path.is_file():
+        from ampo_fast.report import write_stage_page
+
+        print(write_stage_page(options.path))
+        return 0
     from ampo_fast.report import write_report
 
-    if not (options.run_dir / "config.json").is_file():
-        raise ValueError(f"{options.run_dir} is not a run directory: it has no config.json")
-    print(write_report(options.run_dir))
+    if not (options.path / "config.json").is_file():
+        raise ValueError(f"{options.path} is not a run directory: it has no config.json")
+    print(write_report(options.path))
     return 0
 
 

@@ -215,9 +215,18 @@ def _put_in_order(output: Path, ids: Sequence[str]) -> None:
 def _input(stage: str, config: Config, source: Path, output: Path) -> list[Row]:
     if source.resolve() == output.resolve():
         raise ValueError(f"--input and --output are both {source}; choose another --output")
-    rows = read_rows(source)
+    rows = [_as_stage_row(row) for row in read_rows(source)]
     _claim(stage, config, output)
     return rows
+
+
+def _as_stage_row(row: Row) -> Row:
+    """A row of a data file, whose answers no engine sampled, with what scoring, embedding and selecting need; no tokens."""
+    if "prompt_ids" in row or any("token_ids" in response for response in row["responses"]):
+        return row
+    unsampled = {"token_ids": [], "logp": [], "finish_reason": "stop", "version": 0}
+    responses = [unsampled | {"reward_raw": given.get("reward")} | given for given in row["responses"]]
+    return row | {"prompt_ids": [], "responses": responses}
 
 
 def _claim(stage: str, config: Config, output: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ampo_fast import stages
 from ampo_fast.config import build_config
+from ampo_fast.report import write_stage_page
 from ampo_fast.stage_files import embeddings_path, read_embeddings, read_rows, scored_from_row, write_rows_atomic
 from ampo_fast.types import Candidate, CandidateGroup
 
@@ -214,6 +215,30 @@ def test_offline_data_keeps_its_rewards_from_file_to_file(tmp_path, monkeypatch)
     (row,) = read_rows(tmp_path / "s.jsonl")
     assert [r["reward_raw"] for r in row["responses"]] == [7.0, -1.5, None]
     assert [r["reward"] for r in row["responses"]] == [1.0, 0.0, None]
+
+
+def test_a_data_file_is_scored_embedded_selected_and_drawn_without_a_model(tmp_path, monkeypatch):
+    """Answers that no engine sampled have no tokens, and need none before training."""
+    use_policy(monkeypatch, None)
+    monkeypatch.setattr(stages, "make_embedder", lambda config, policy: FakeEmbedder())
+    answers = [{"content": f"answer {i} " + "ab" * i, "reward": i / 7} for i in range(6)]
+    data = tmp_path / "data.jsonl"
+    row = {"prompt": [{"role": "user", "content": "Why?"}], "responses": answers}
+    data.write_text("".join(json.dumps({"id": name} | row) + "\n" for name in "ab"))
+    config = make_config(rollout={"engine": "data"}, reward={"kind": "data"}, select={"k": 2})
+    stages.score(config, data, tmp_path / "s.jsonl")
+    stages.embed(config, tmp_path / "s.jsonl", tmp_path / "e.jsonl")
+    stages.select(config, tmp_path / "e.jsonl", tmp_path / "chosen.jsonl")
+    for chosen in read_rows(tmp_path / "chosen.jsonl"):
+        marks = [response["selected"] for response in chosen["responses"]]
+        assert marks[5] == "positive"
+        assert marks.count("negative") == 2
+        assert chosen["responses"][3]["reward_raw"] == 3 / 7
+    page = write_stage_page(tmp_path / "chosen.jsonl")
+    assert page == tmp_path / "chosen.html"
+    assert "Map of candidates" in page.read_text()
+    with pytest.raises(ValueError, match="no row of a stage file"):
+        write_stage_page(tmp_path / "s.jsonl.config.json")
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

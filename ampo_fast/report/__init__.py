@@ -7,6 +7,6 @@
 It can be written at any time, also of a run that is still going or was killed.
 """
 
-from ampo_fast.report.page import write_report
+from ampo_fast.report.page import write_report, write_stage_page
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_stage_page"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,17 @@ def map_section(run: RunData) -> Section:
     head = {"id": "map", "title": "Map of candidates"}
     if not run.rollouts:
         return Section(**head, absent="The run has kept no rollouts.")
-    steps = [found for step in _spread(list(run.rollouts)) if (found := _step_maps(run, step))]
+    shown = [(f"step {step}", run.rollouts[step]) for step in _spread(list(run.rollouts))]
+    return _maps_of(run, head, shown)
+
+
+def file_map_section(run: RunData, path: Path) -> Section:
+    """The maps of one stage file: all prompts on one, and each of the first prompts on its own."""
+    return _maps_of(run, {"id": "map", "title": "Map of candidates"}, [(path.name, path)])
+
+
+def _maps_of(run: RunData, head: dict[str, str], files: Sequence[tuple[str, Path]]) -> Section:
+    steps = [found for name, path in files if (found := _file_maps(run, name, path))]
     if not steps:
         return Section(**head, absent="No rollouts with embeddings could be read.")
     text = (
@@ -47,13 +58,12 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def _step_maps(run: RunData, step: int) -> dict[str, Any] | None:
-    path = run.rollouts[step]
+def _file_maps(run: RunData, name: str, path: Path) -> dict[str, Any] | None:
     rows = [row for row in run.rows(path) if row["responses"]]
     try:
         blocks = read_embeddings(path, [len(row["responses"]) for row in rows])
     except ValueError as error:
-        run.problems.append(f"No map of step {step}: {error}")
+        run.problems.append(f"No map of {name}: {error}")
         return None
     if not rows:
         return None
@@ -64,7 +74,7 @@ def _step_maps(run: RunData, step: int) -> dict[str, Any] | None:
         {"name": _short(row["prompt"][-1]["content"], 70), "figure": _map([row], [block], lines=True)}
         for row, block in zip(rows[:_NUM_PROMPTS], blocks, strict=False)
     ]
-    return {"name": f"step {step}", "views": views if len(rows) > 1 else views[1:]}
+    return {"name": name, "views": views if len(rows) > 1 else views[1:]}
 
 
 def _num_within(limit: int, sizes: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from ampo_fast.report.candidate_map import map_section
+from ampo_fast.report.candidate_map import file_map_section, map_section
 from ampo_fast.report.curves import (
     drift_section,
     health_section,
@@ -17,9 +17,9 @@ from ampo_fast.report.curves import (
     time_section,
 )
 from ampo_fast.report.run_data import RunData, load_run
-from ampo_fast.report.section import MAX_POINTS
+from ampo_fast.report.section import MAX_POINTS, mean, number
 from ampo_fast.report.story import story, tiles
-from ampo_fast.report.texts import completions_section, groups_section
+from ampo_fast.report.texts import completions_section, file_groups_section, groups_section
 from ampo_fast.stage_files import write_atomic
 from ampo_fast.templating import render
 
@@ -63,6 +63,41 @@ def write_report(run_dir: Path) -> Path:
     path = run.dir / "report.html"
     write_atomic(path, lambda aside: aside.write_text(page, encoding="utf-8"))
     return path
+
+
+def write_stage_page(path: Path) -> Path:
+    """Writes FILE.html beside a stage file, with the map of its candidates and its first groups; returns its path.
+
+    Raises ValueError where no line of the file is a row of a stage file.
+    """
+    run = RunData(
+        dir=path.parent, config={}, versions={}, summary={}, train=[], evals=[], before=[], after=[], rollouts={}
+    )
+    rows = run.rows(path)
+    if not rows:
+        raise ValueError(f"{path} has no row of a stage file; make one with `ampo-fast select`")
+    costs = [row["cost"] for row in rows if row.get("cost") is not None]
+    page = render(
+        "report.html.j2",
+        name=path.name,
+        run_dir=str(path),
+        tiles=[
+            ("groups", str(len(rows))),
+            ("answers", str(sum(len(row["responses"]) for row in rows))),
+            ("groups with a selection", str(len(costs))),
+            ("mean coverage cost", number(mean(costs))),
+        ],
+        facts=[],
+        sections=[file_map_section(run, path), file_groups_section(run, path)],
+        problems=run.problems,
+        config="",
+        versions={},
+        binned="",
+        plotly_js=get_plotlyjs(),
+    )
+    target = path.with_suffix(".html")
+    write_atomic(target, lambda aside: aside.write_text(page, encoding="utf-8"))
+    return target
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ampo_fast.report.run_data import Row, RunData
@@ -34,11 +35,19 @@ def groups_section(run: RunData) -> Section:
     if not run.rollouts:
         return Section(**head, absent="The run has kept no rollouts.")
     step, path = list(run.rollouts.items())[-1]
+    return _groups_of(run, head, path, f"the round that began with step {step}")
+
+
+def file_groups_section(run: RunData, path: Path) -> Section:
+    """The first groups of one stage file."""
+    return _groups_of(run, {"id": "groups", "title": "Groups"}, path, path.name)
+
+
+def _groups_of(run: RunData, head: dict[str, str], path: Path, what: str) -> Section:
     rows = run.rows(path)
     if not rows:
         return Section(**head, absent=f"{path.name} has no row that could be read.")
-    count = f"{min(len(rows), _NUM_GROUPS)} of {len(rows)} groups"
-    text = f"{count} of the round that began with step {step}, best answer first."
+    text = f"{min(len(rows), _NUM_GROUPS)} of {len(rows)} groups of {what}, best answer first."
     return Section(**head, sentences=[text], groups=[_group(row) for row in rows[:_NUM_GROUPS]])
 
 
