@@ -124,26 +124,31 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("config", metavar="CONFIG", help=_config_help())
     train.add_argument("--dry-run", action="store_true", help="show data, masks, lengths, memory and cost, then stop")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as TOML, then stop")
-    train.add_argument(
+    _add_resume(train, "checkpoint")
+    train.set_defaults(run=_train)
+
+
+def _add_resume(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
         "--resume",
         choices=("auto", "never"),
         default="never",
-        help="auto: go on from the newest checkpoint, where there is one (default never)",
+        help=f"auto: go on from the newest {what}, where there is one (default never)",
     )
-    train.set_defaults(run=_train)
 
 
 def _add_train_reward(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train-reward",
         help="train a reward model on scored pairs or groups",
-        usage=f"ampo-fast train-reward CONFIG {_OVERRIDES} [--print-config]",
+        usage=f"ampo-fast train-reward CONFIG {_OVERRIDES} [--print-config] [--resume auto|never]",
         allow_abbrev=False,
         add_help=False,
     )
     train.add_argument("-h", "--help", action=_TrainHelp)
     train.add_argument("config", metavar="CONFIG", help='a TOML file, or the recipe "reward"')
     train.add_argument("--print-config", action="store_true", help="print the resolved config as TOML, then stop")
+    _add_resume(train, "evaluation")
     train.set_defaults(run=_train_reward)
 
 
@@ -265,7 +270,7 @@ def _train_reward(options: argparse.Namespace, overrides: list[str]) -> int:
     _quiet_libraries()
     from ampo_fast.reward_training import train_reward
 
-    print(json.dumps(train_reward(config)), flush=True)
+    print(json.dumps(train_reward(config, resume=options.resume == "auto")), flush=True)
     return 0
 
 

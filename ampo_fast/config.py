@@ -48,8 +48,13 @@ class DataConfig(Section):
         ..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
     )
     eval: str | None = Field(None, description="Held-out prompts, same formats.")
+    active_pairs: Count = Field(
+        0, description="Only so many pairs, those that tell the last layer most (D-optimal: ADPO, APO); 0: all."
+    )
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out and counted.")
-    max_overlong_share: Share = Field(0.1, description="More over-long prompts than this share is an error.")
+    max_overlong_share: Share = Field(
+        0.1, description="More over-long prompts than this share is an error.", json_schema_extra=ADVANCED
+    )
 
 
 class LoraConfig(Section):
@@ -106,7 +111,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1: off.")
     top_k: Count = Field(0, description="0: off.")
     max_new_tokens: Positive = Field(64, description="The length limit of a response, end-of-turn token included.")
-    batch_rows: Positive = Field(64, description="Candidates decoded together.")
+    batch_rows: Positive = Field(64, description="Candidates decoded together.", json_schema_extra=ADVANCED)
     truncated: Literal["negative", "exclude", "keep"] = Field(
         "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
     )
@@ -120,7 +125,9 @@ class RewardConfig(Section):
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
         "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
     )
-    max_missing_share: Share = Field(0.2, description="More NaN or missing rewards than this share stops the run.")
+    max_missing_share: Share = Field(
+        0.2, description="More NaN or missing rewards than this share stops the run.", json_schema_extra=ADVANCED
+    )
     tol: Annotated[float, Field(ge=0.0)] | None = Field(
         None,
         description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
@@ -147,6 +154,17 @@ class LossConfig(Section):
     name: str = Field("AMPO", description="A class of ampo_fast.losses.")
     params: dict[str, Any] = Field(default_factory=dict, description="Its fields: --loss.params.beta 10.")
     nll_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Adds this times the positive's mean NLL.")
+
+
+class ReferenceConfig(Section):
+    """The reference of losses that divide by one: the model that training started from, unless it follows the policy."""
+
+    every: Count = Field(0, description="Steps after which the reference moves to the policy; 0: never.")
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="What stays of the reference as it moves; 0: it becomes the policy (TSO), 0.5 at every 1: SAPO.",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class OptimConfig(Section):
@@ -198,6 +216,7 @@ class Config(Section):
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     select: SelectConfig = Field(default_factory=SelectConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -218,6 +237,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_round = {round_prompts} is not a multiple of "
                 f"optim.prompts_per_step = {self.optim.prompts_per_step}"
+            )
+        if self.data.active_pairs and self.rollout.engine != "data":
+            raise ValueError(
+                f'data.active_pairs = {self.data.active_pairs} chooses among given pairs: it needs rollout.engine = "data"'
             )
         if (self.reward.kind == "data") != (self.rollout.engine == "data"):
             raise ValueError(

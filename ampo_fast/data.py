@@ -19,8 +19,8 @@ def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
 
     Formats (data_formats.FORMATS) are known by their fields, one format a source: prompts only
     (`prompt` as text or chat turns, or `messages`); `responses` with content and reward; AMPO's
-    published columns; preference pairs (TRL, UltraFeedback-binarized). A prompt's id is its `id`, else
-    `prompt_id`, else the row's number from 1. Pairs that share id and prompt become ID, ID#2, ...
+    published columns; preference pairs (TRL, UltraFeedback-binarized, RewardBench with its `subset`). A prompt's id is its
+    `id` (SUBSET/ID), else `prompt_id`, else the row's number from 1. Pairs that share id and prompt become ID, ID#2, ...
 
     Raises:
         ValueError: naming file and line, for a row that cannot be read, a second format, a repeated id,
@@ -37,7 +37,7 @@ def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
             _check_same_format(found, row, first)
             if needs_responses and not responses:
                 raise ValueError(f"no responses; the fields that bring them: {_FORMATS_WITH_RESPONSES}")
-            prompt = Prompt(id=_row_id(row, number), messages=turns, responses=responses)
+            prompt = Prompt(id=_row_id(row, number), messages=turns, responses=responses, subset=_subset(row))
             prompt = _distinct(prompt, prompts, seen_at, found)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -63,7 +63,13 @@ def _row_id(row: Row, number: int) -> str:
         return str(number)
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise ValueError(f"id must be text or an integer, got {type(given).__name__}")
-    return str(given)
+    subset = _subset(row)
+    return f"{subset}/{given}" if subset else str(given)  # RewardBench numbers its subsets one by one
+
+
+def _subset(row: Row) -> str:
+    subset = row.get("subset")
+    return subset if isinstance(subset, str) else ""
 
 
 def _distinct(prompt: Prompt, prompts: dict[str, Prompt], seen_at: dict[str, str], found: Format) -> Prompt:

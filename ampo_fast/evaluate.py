@@ -116,8 +116,8 @@ def summary_text(result: dict[str, Any]) -> str:
         f"{result['num_ties']} ties left out; the longer answer wins {result['accuracy_longer_wins']:.4f}",
         f"brier {result['brier']:.4f}  ece {result['ece']:.4f}  log loss {result['log_loss']:.4f}",
     ]
-    for key, title in (("by_margin", "margin"), ("by_length", "length")):
-        for bucket in result[key]:
+    for key, title in (("by_margin", "margin"), ("by_length", "length"), ("by_subset", "subset")):
+        for bucket in result.get(key, ()):
             low, high = bucket["interval"]
             lines.append(
                 f"  {title} {bucket['bucket']}: {bucket['accuracy']:.4f} ({low:.4f} to {high:.4f}), {bucket['count']} pairs"

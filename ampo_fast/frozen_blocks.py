@@ -29,7 +29,7 @@ class FrozenBlocks:
     def __init__(self, model: nn.Module, trained: int | None, limit_mib: int) -> None:
         self._blocks = find_blocks(model.base_model)
         self._left = limit_mib * 2**20
-        self._kept: dict[Hashable, torch.Tensor] = {}
+        self.kept: dict[Hashable, torch.Tensor] = {}
         self.count = 0
         if trained is None:
             return
@@ -45,13 +45,13 @@ class FrozenBlocks:
         self, keys: Sequence[Hashable], units: Sequence[Unit], shape: tuple[int, int], run: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """run(), with the frozen blocks left out where the outputs of all units [n, L] = shape are kept."""
-        if not self.count or not (self._kept or self._left > 0):
+        if not self.count or not (self.kept or self._left > 0):
             return run()
-        if all(key in self._kept for key in keys):
-            first = self._kept[keys[0]]
+        if all(key in self.kept for key in keys):
+            first = self.kept[keys[0]]
             hidden_nLD = first.new_zeros((*shape, first.shape[1]))
             for key, (row, start, end) in zip(keys, units, strict=True):
-                hidden_nLD[row, start:end] = self._kept[key]
+                hidden_nLD[row, start:end] = self.kept[key]
             with self._replaced(hidden_nLD):
                 return run()
         seen: list[torch.Tensor] = []
@@ -61,7 +61,7 @@ class FrozenBlocks:
         finally:
             hook.remove()
         for key, (row, start, end) in zip(keys, units, strict=True):
-            self._keep(key, seen[0][row, start:end])
+            self.keep(key, seen[0][row, start:end])
         return result
 
     def share(self, other: FrozenBlocks) -> None:
@@ -72,28 +72,26 @@ class FrozenBlocks:
         mine, theirs = (blocks._blocks[: blocks.count].state_dict() for blocks in (self, other))
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
             raise ValueError("the frozen blocks differ: their outputs cannot be shared")
-        self._kept, self._left = other._kept, other._left
+        self.kept, self._left = other.kept, other._left
 
-    def _keep(self, key: Hashable, hidden_LD: torch.Tensor) -> None:
+    def keep(self, key: Hashable, hidden_LD: torch.Tensor) -> None:
         size = hidden_LD.numel() * hidden_LD.element_size()
-        if key in self._kept:
+        if key in self.kept:
             return
         if size > self._left:
             if self._left > 0:
-                log.warning(
-                    "model.cache_mib is full after %d texts: the others run through all blocks", len(self._kept)
-                )
+                log.warning("model.cache_mib is full after %d texts: the others run through all blocks", len(self.kept))
             self._left = 0
             return
         self._left -= size
-        self._kept[key] = hidden_LD.detach().clone()
+        self.kept[key] = hidden_LD.detach().clone()
 
     @contextlib.contextmanager
     def _replaced(self, hidden_nLD: torch.Tensor) -> Iterator[None]:
         blocks = list(self._blocks)
         self._blocks[self.count - 1] = _Constant(hidden_nLD)
         for i in range(self.count - 1):
-            self._blocks[i] = _Skip()
+            self._blocks[i] = Skip()
         try:
             yield
         finally:
@@ -101,7 +99,7 @@ class FrozenBlocks:
                 self._blocks[i] = block
 
 
-class _Skip(nn.Module):
+class Skip(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 

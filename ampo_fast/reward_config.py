@@ -47,6 +47,14 @@ class RewardDataConfig(Section):
 class RewardModelConfig(ModelConfig):
     """The backbone; a head that its checkpoint lacks is new."""
 
+    keep_blocks: Count | None = Field(
+        None,
+        description="Only the backbone's first so many blocks; 0, with pooling mean: its embeddings; default: all.",
+    )
+    pooling: Literal["native", "mean"] = Field(
+        "native",
+        description="What the head reads; mean: of a BERT-like encoder's tokens, by one more block, standardised.",
+    )
     trained_blocks: Count | None = Field(
         None, description="Only the last so many blocks, what follows them and the head are trained; default: all."
     )

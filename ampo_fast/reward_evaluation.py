@@ -49,12 +49,13 @@ class PairTable:
     length_ratio_n: np.ndarray
     """log of the preferred one's characters over the other's."""
     prompt_n: list[str]
+    subset_n: list[str]
     tie_gap_t: np.ndarray
     """Score gaps of the pairs of equal reward, first minus second: they have no preferred response."""
 
 
 def pair_table(groups: Sequence[Prompt], scores: Sequence[Sequence[float]]) -> PairTable:
-    gap, margin, ratio, prompt, ties = [], [], [], [], []
+    gap, margin, ratio, prompt, subset, ties = [], [], [], [], [], []
     for group, score in zip(groups, scores, strict=True):
         key = conversation_key(group)
         numbered = zip(group.responses, score, strict=True)
@@ -68,9 +69,10 @@ def pair_table(groups: Sequence[Prompt], scores: Sequence[Sequence[float]]) -> P
             margin.append(abs(difference))
             ratio.append(sign * math.log(max(len(one.content), 1) / max(len(two.content), 1)))
             prompt.append(key)
+            subset.append(group.subset)
     return PairTable(
         gap_n=np.array(gap), margin_n=np.array(margin), length_ratio_n=np.array(ratio), prompt_n=prompt,
-        tie_gap_t=np.array(ties),
+        subset_n=subset, tie_gap_t=np.array(ties),
     )  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def evaluate_scores(groups: Sequence[Prompt], scores: Sequence[Sequence[float]])
         result["tie_confidence"] = float(np.mean(sigmoid(np.abs(table.tie_gap_t))))
     result["by_margin"] = _by_margin(table)
     result["by_length"] = _buckets(hit_n, table.length_ratio_n, _LENGTH_EDGES, _LENGTH_NAMES)
+    if any(table.subset_n):
+        result["by_subset"] = _by_subset(table)
     result["reliability"] = [
         {"low": b.low, "high": b.high, "count": b.count, "confidence": b.confidence, "accuracy": b.accuracy,
          "interval": list(b.interval)}
@@ -119,6 +123,14 @@ def _by_margin(table: PairTable) -> list[dict[str, Any]]:
     highs = [*edges[1:-1], float(table.margin_n.max())]
     names = [f"({low:.3g}, {high:.3g}]" for low, high in zip(lows, highs, strict=True)]
     return _buckets(table.gap_n > 0, table.margin_n, edges, names)
+
+
+def _by_subset(table: PairTable) -> list[dict[str, Any]]:
+    """In the order in which the data names them."""
+    names = list(dict.fromkeys(table.subset_n))
+    index_n = np.array([names.index(subset) for subset in table.subset_n])
+    edges = [i - 0.5 for i in range(len(names) + 1)]
+    return _buckets(table.gap_n > 0, index_n, edges, [name or "(none)" for name in names])
 
 
 def _buckets(

@@ -7,7 +7,6 @@ Shapes: M responses, T packed tokens, L padded length, D hidden.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from torch import nn
 
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
+from ampo_fast.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
 from ampo_fast.frozen_blocks import FrozenBlocks
+from ampo_fast.mean_pooling import append_mean_block, mean_first_tokens, standardise
 from ampo_fast.model import attention_implementation
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_text import RewardText
 from ampo_fast.types import Prompt, Segment
-
-log = logging.getLogger(__name__)
 
 _MAX_WASTE = 0.1
 _MIN_CHUNK_TOKENS = 1024
@@ -53,6 +52,8 @@ class RewardModel(nn.Module):
         self.compute_dtype = getattr(torch, config.dtype)
         self.is_shared = self._decide_shared(config.attention, field)
         self.frozen = FrozenBlocks(model, config.trained_blocks, config.cache_mib)
+        self.reads_first = config.pooling == "mean" and config.trained_blocks == 0
+        """Whether only the first token leaves the frozen blocks: then nothing else of them is computed or kept."""
         self.num_fed = 0
         """Tokens fed so far, padding included; num_real: without it; num_read: each response with its own prompt."""
         self.num_real = 0
@@ -80,9 +81,10 @@ class RewardModel(nn.Module):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             settings = AutoConfig.from_pretrained(source, **options)
-            _check_outputs(settings, config.path, field)
+            check_outputs(settings, config.path, field)
             settings.num_labels = 1
-            text = RewardText(tokenizer, _limit(max_tokens, tokenizer, settings))
+            cut_blocks(settings, config, field)
+            text = RewardText(tokenizer, token_limit(max_tokens, tokenizer, settings))
             settings.get_text_config().pad_token_id = text.pad_id
             if seed is not None:
                 torch.manual_seed(seed)  # of the new head
@@ -91,7 +93,9 @@ class RewardModel(nn.Module):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{field} = {config.path!r} cannot be loaded as a classifier: {error}") from error
-        _check_missing(model, settings, info, config.path, field, seed is not None)
+        check_missing(model, settings, info, config.path, field, seed is not None)
+        if config.pooling == "mean":
+            append_mean_block(model, config.keep_blocks, field)
         return cls(model, text, config, field)
 
     @property
@@ -157,10 +161,19 @@ class RewardModel(nn.Module):
         """Each different row once, in chunks of like lengths, through HF's own forward."""
         unique = sorted(set(rows), key=len)
         place = {ids: i for i, ids in enumerate(unique)}
-        scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique)])
+        if self.reads_first:
+            scores_U = self._head(self._first_tokens(unique))
+        else:
+            scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique)])
         return scores_U[torch.tensor([place[ids] for ids in rows], device=self.device)]
 
     def _padded_chunk(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        inputs = self._inputs(rows)
+        units = [(m, 0, len(ids)) for m, ids in enumerate(rows)]
+        run = lambda: self.model(**inputs).logits  # noqa: E731
+        return self.frozen.forward(rows, units, tuple(inputs["input_ids"].shape), run)[:, 0]
+
+    def _inputs(self, rows: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
         longest = max(len(ids) for ids in rows)
         token_ML = torch.full((len(rows), longest), self.text.pad_id)
         mask_ML = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -172,9 +185,32 @@ class RewardModel(nn.Module):
         inputs = {"input_ids": token_ML.to(self.device), "attention_mask": mask_ML.to(self.device)}
         if all(len(ids) == longest for ids in rows):
             del inputs["attention_mask"]  # nothing is padded, and attention is faster without a mask
-        units = [(m, 0, len(ids)) for m, ids in enumerate(rows)]
-        run = lambda: self.model(**inputs).logits  # noqa: E731
-        return self.frozen.forward(rows, units, tuple(token_ML.shape), run)[:, 0]
+        return inputs
+
+    def _first_tokens(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """[n, D] what the frozen blocks leave at each row's first token, computed once."""
+        found = {ids: self.frozen.kept[ids] for ids in rows if ids in self.frozen.kept}
+        for chunk in _like_lengths([ids for ids in rows if ids not in found]):
+            for ids, first_D in zip(chunk, mean_first_tokens(self.model, self._inputs(chunk)), strict=True):
+                found[ids] = first_D
+                self.frozen.keep(ids, first_D)
+        return torch.stack([found[ids] for ids in rows])
+
+    def _head(self, first_nD: torch.Tensor) -> torch.Tensor:
+        return self.model.classifier(self.model.base_model.pooler(first_nD[:, None]))[:, 0]
+
+    @torch.no_grad()
+    def standardise_pooling(self, groups: Sequence[EncodedGroup]) -> None:
+        """Fits model.pooling = "mean" to the spread of these responses; to be called once, before training."""
+        rows = sorted({ids for group in groups for ids in group.ids}, key=lambda ids: (len(ids), ids))
+        if self.reads_first:
+            first_nD = self._first_tokens(rows)
+        else:
+            first_nD = torch.cat([self._run_to_pooler(chunk) for chunk in _like_lengths(rows)])
+        standardise(self.model, first_nD)
+
+    def _run_to_pooler(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        return self.model.base_model(**self._inputs(rows)).last_hidden_state[:, 0]
 
     # --- start and end ------------------------------------------------------------------------------------------------
 
@@ -267,36 +303,3 @@ def _shared_length(ids: Sequence[Sequence[int]]) -> int:
     """How many first tokens all rows share, leaving each at least one of its own."""
     shortest = min(len(row) for row in ids) - 1
     return next((t for t in range(shortest) if any(row[t] != ids[0][t] for row in ids)), shortest)
-
-
-def _limit(wanted: int | None, tokenizer: Any, settings: Any) -> int:
-    """data.max_tokens, else what an exported reward model says of its longest input, else its positions."""
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if wanted is None:
-        return min(tokenizer.model_max_length, positions or 512)
-    if positions is not None and wanted > positions:
-        raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
-    return wanted
-
-
-def _check_outputs(settings: Any, path: str, field: str) -> None:
-    if _is_classifier(settings) and settings.num_labels != 1:
-        raise ValueError(f"{field} = {path!r} has {settings.num_labels} outputs, not one")
-
-
-def _is_classifier(settings: Any) -> bool:
-    return any("SequenceClassification" in name for name in settings.architectures or ())
-
-
-def _check_missing(model: Any, settings: Any, info: dict, path: str, field: str, may_be_new: bool) -> None:
-    """A parameter that is missing from the checkpoint is initialised at random and scores noise, plausibly."""
-    missing = sorted(info["missing_keys"])
-    prefix = f"{model.base_model_prefix}."
-    is_head = all(not name.startswith(prefix) or "pooler" in name for name in missing)
-    if missing and not (may_be_new and is_head and not _is_classifier(settings)):
-        hint = "it is no reward model" if is_head else "it is another architecture"
-        raise ValueError(
-            f"{field} = {path!r}: its checkpoint lacks {', '.join(missing[:5])} ({hint}); nothing random is used"
-        )
-    if missing:
-        log.warning("%s: a new head: %s", field, ", ".join(missing))

@@ -10,6 +10,8 @@ log = logging.getLogger(__name__)
 
 # An encoder's tokenizer has no chat template: turns one after another, each closed by its separator.
 _PLAIN_TEMPLATE = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
+# Where the tokenizer drops line breaks they are written as this: lists and paragraphs tell much about an answer.
+_LINE_BREAK = "¶"
 _MARKER = "ampo"
 
 
@@ -20,7 +22,7 @@ class RewardText:
         if not tokenizer.chat_template:
             if tokenizer.cls_token is None or tokenizer.sep_token is None:
                 raise ValueError("the tokenizer has no chat template; put a chat_template.jinja beside it")
-            tokenizer.chat_template = _PLAIN_TEMPLATE
+            tokenizer.chat_template = _plain_template(tokenizer)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.num_truncated = 0
@@ -74,3 +76,10 @@ class RewardText:
         if pad != tokenizer.pad_token_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         return pad
+
+
+def _plain_template(tokenizer: Any) -> str:
+    drops_breaks = tokenizer.tokenize("a\nb") == tokenizer.tokenize("a b")
+    if not drops_breaks or tokenizer.tokenize(_LINE_BREAK) != [_LINE_BREAK]:
+        return _PLAIN_TEMPLATE
+    return _PLAIN_TEMPLATE.replace("m['content']", f"m['content'] | replace('\\n', ' {_LINE_BREAK} ')")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ampo_fast import losses
+from ampo_fast.frozen_blocks import FrozenBlocks
 from ampo_fast.losses import ResponseStats, reward_model
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
 from ampo_fast.metrics import MetricsLog
@@ -24,6 +25,7 @@ from ampo_fast.model_card import versions
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
+from ampo_fast.reward_checkpoint import load_checkpoint, save_checkpoint
 from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_data import check_margins, hold_out, load_groups, margins_and_labels
 from ampo_fast.reward_evaluation import evaluate_scores, pair_measures, pair_table
@@ -37,9 +39,12 @@ _NUM_COMPARED = 8
 _MAX_NONFINITE_STEPS = 3
 
 
-def train_reward(config: RewardTrainingConfig) -> dict[str, Any]:
-    """Trains, exports the best model to RUN/final, writes report.html; returns the summary (also summary.json)."""
-    return RewardTrainer(config).run()
+def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str, Any]:
+    """Trains, exports the best model to RUN/final, writes report.html; returns the summary (also summary.json).
+
+    With resume, goes on from the run's newest evaluation, or starts anew where there is none.
+    """
+    return RewardTrainer(config, resume=resume).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +64,52 @@ class Item:
 
 
 class RewardTrainer:
-    def __init__(self, config: RewardTrainingConfig) -> None:
+    def __init__(self, config: RewardTrainingConfig, frozen: FrozenBlocks | None = None, resume: bool = False) -> None:
+        """frozen: an earlier trainer's, of the same backbone, whose outputs are used and added to."""
         self.config = config
         train, held = _groups(config)
         self.loss_fn, self.gamma = make_reward_loss(config.loss, train)
         self.model = RewardModel.load(config.model, max_tokens=config.data.max_tokens, seed=config.run.seed)
+        if frozen is not None:
+            self.model.frozen.share(frozen)
         self.train_items = self._encode(train, "data.train")
         self.held_items = self._encode(held, "data.eval")
+        if config.model.pooling == "mean":
+            self.model.standardise_pooling([item.encoded for item in self.train_items])
         self.length_weight = fit_length_weight(self.train_items) if config.loss.length_control else 0.0
         self.optimizer = make_optimizer(self.model.parameters(), config.optim)
         per_epoch = math.ceil(len(self.train_items) / config.optim.prompts_per_step)
         self.num_steps = per_epoch * config.run.epochs
         self.eval_steps = _eval_steps(per_epoch, config)
-        self.run_dir = open_run_dir(config, resume=False, folders=())
+        self.run_dir = open_run_dir(config, resume=resume, folders=())
         (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         self.best: dict[str, Any] = {}
         self.num_nonfinite = 0
+        self.step = 0
+        found = load_checkpoint(self.run_dir, self.model, self.optimizer) if resume else None
+        if found:
+            self.best, state = found
+            self.step, self.num_nonfinite = state["step"], state["num_nonfinite"]
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
+        resume_step = self.step if self.best else -1
         with (
-            MetricsLog(self.run_dir, self.config.run.trackers) as self.metrics,
-            TrainingProgress(self.num_steps, plain_interval_s=5) as self.progress,
+            MetricsLog(self.run_dir, self.config.run.trackers, resume_step=resume_step) as self.metrics,
+            TrainingProgress(self.num_steps, self.step, plain_interval_s=5) as self.progress,
         ):
-            self._evaluate(0)
-            stopped = None
-            for step, items in enumerate(self._batches()):
-                self._update(step, items)
-                if step + 1 in self.eval_steps:
-                    stopped = self._evaluate(step + 1)
+            if not self.best:
+                self._evaluate(0)
+            stopped = self._why_stop()
+            for items in itertools.islice(self._batches(), self.step, None):
                 if stopped:
                     break
-        return self._finish(step + 1, stopped, time.monotonic() - started)
+                self._update(self.step, items)
+                self.step += 1
+                if self.step in self.eval_steps:
+                    self._evaluate(self.step)
+                    stopped = self._why_stop()
+        return self._finish(self.step, stopped, time.monotonic() - started)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -153,7 +172,11 @@ class RewardTrainer:
         if with_length and self.length_weight:
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
-        return self.loss_fn(score_M, reward_M, offsets, length_M=length_M)
+        similarity = (
+            divergent_similarity(items).to(score_M.device) if isinstance(self.loss_fn, reward_model.PCRM) else None
+        )
+        more = {} if similarity is None else {"similarity": similarity}
+        return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
 
     def _guard(self, is_finite: bool, step: int) -> None:
         self.num_nonfinite = 0 if is_finite else self.num_nonfinite + 1
@@ -167,8 +190,8 @@ class RewardTrainer:
     def _scores(self, items: Sequence[Item]) -> list[torch.Tensor]:
         return self.model.score_groups([item.encoded for item in items], self.config.optim.micro_batch_tokens)
 
-    def _evaluate(self, step: int) -> str | None:
-        """Measures the held-out pairs, keeps the best weights; returns why to stop, or None."""
+    def _evaluate(self, step: int) -> None:
+        """Measures the held-out pairs, keeps the best weights, and writes down where the run stands."""
         with self.progress.phase("eval"):
             scores = self._scores(self.held_items)
             found = pair_measures(pair_table([i.group for i in self.held_items], [s.tolist() for s in scores]))
@@ -181,8 +204,13 @@ class RewardTrainer:
         if not self.best or value < self.best["value"]:
             trained = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
             self.best = {"value": value, "step": step, "weights": trained, "since": 0}
-            return None
-        self.best["since"] += 1
+        else:
+            self.best["since"] += 1
+        state = {"step": step, "num_nonfinite": self.num_nonfinite}
+        save_checkpoint(self.run_dir, self.model, self.optimizer, self.best, state)
+
+    def _why_stop(self) -> str | None:
+        config = self.config.eval
         if config.patience and self.best["since"] >= config.patience:
             return f"{config.patience} evaluations without a better held-out {config.monitor} (eval.patience)"
         return None
@@ -195,6 +223,7 @@ class RewardTrainer:
         sample = sorted((item.encoded for item in self.held_items), key=lambda e: e.packed_tokens)[:_NUM_COMPARED]
         final = self.run_dir / "final"
         difference = self.model.export(final, sample)
+        real = self.model.num_real
         numbers = ("accuracy", "accuracy_interval", "accuracy_se_by_prompt", "accuracy_longer_wins", "log_loss", "brier",
                    "ece", "num_pairs", "num_prompts", "num_ties")  # fmt: skip
         summary = {
@@ -203,8 +232,9 @@ class RewardTrainer:
             "steps": step,
             "best_step": self.best["step"],
             **{key: evaluation[key] for key in numbers},
-            "padding_factor": round(self.model.num_fed / self.model.num_real, 4),
-            "sharing_factor": round(self.model.num_read / self.model.num_real, 4),
+            # None where an earlier trainer's cache held everything.
+            "padding_factor": round(self.model.num_fed / real, 4) if real else None,
+            "sharing_factor": round(self.model.num_read / real, 4) if real else None,
             "num_truncated": self.model.text.num_truncated,
             "export_difference": difference,
             "wall_s": round(wall_s, 1),
@@ -262,6 +292,23 @@ def fit_length_weight(items: Sequence[Item]) -> float:
         raise ValueError(
             f"loss.length_control: the length decides every pair, nothing else is left to learn: {error}"
         ) from None
+
+
+def divergent_similarity(items: Sequence[Item]) -> torch.Tensor:
+    """[B, G, G] PCRM's similarity of two responses: shorter over longer of what follows their common beginning, in tokens.
+
+    arXiv 2404.00978; the ids end in the same closing tokens, so that neither part is empty. Padding and diagonal: 1.
+    """
+    widest = max(len(item.encoded.ids) for item in items)
+    similarity = torch.ones(len(items), widest, widest)
+    for b, item in enumerate(items):
+        for i, j in itertools.combinations(range(len(item.encoded.ids)), 2):
+            first, second = item.encoded.ids[i], item.encoded.ids[j]
+            same = next((t for t, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), None)
+            if same is not None:
+                parts = (len(first) - same, len(second) - same)
+                similarity[b, i, j] = similarity[b, j, i] = min(parts) / max(parts)
+    return similarity
 
 
 def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ampo_fast import distributed
+from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
@@ -73,7 +74,7 @@ class Trainer:
         is_alone = distributed.world_size() == 1
         self.load_whole = Policy.load if is_alone else Policy.load_replica
         self.actor = self.policy if is_alone else self.load_whole(config.model)
-        self.train_prompts = self._prompts(config.data.train, "data.train")
+        self.train_prompts = self._train_prompts()
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.actor)
@@ -87,6 +88,8 @@ class Trainer:
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
+        if self.updater.reference is not None:
+            self.updater.reference.keep_in(self.run_dir)
         self.state: dict[str, Any] = {
             "spreads": [],
             "num_tokens": 0,
@@ -264,6 +267,14 @@ class Trainer:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")
         return prompts
 
+    def _train_prompts(self) -> list[Prompt]:
+        config = self.config
+        prompts = self._prompts(config.data.train, "data.train")
+        if not config.data.active_pairs:
+            return prompts
+        count, length = config.data.active_pairs, config.rollout.max_new_tokens
+        return distributed.on_main(lambda: choose_pairs(self.actor, prompts, count, length))
+
     def _eval_prompts(self) -> list[Prompt]:
         config = self.config
         if config.data.eval is None or not config.eval.prompts:
@@ -278,6 +289,8 @@ class Trainer:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
+        if self.updater.reference is not None:
+            self.updater.reference.restore(step)
         self._push(step)
         log.info("resumed from %s", path)
         return step
@@ -290,6 +303,8 @@ class Trainer:
         self.state["spreads"] = self.rounds.spreads_before(self._place(self.step)[0])
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
+            if self.updater.reference is not None:
+                self.updater.reference.save(self.step)
             self.checkpoints.save(self.step, self.state)
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Prompt:
     """Chat turns {"role", "content"}; the last one is the user's."""
     responses: tuple[GivenResponse, ...] = ()
     """Given responses; empty where the policy is to write them."""
+    subset: str = ""
+    """Which part of a benchmark it is from (RewardBench), where the data says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from ampo_fast.packing import (
     rank_micro_batches,
 )
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.reference_logps import ReferenceLogps
 from ampo_fast.reward_data import fitted_params
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (
@@ -65,9 +66,7 @@ class Updater:
         self.policy = policy
         self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
-        # An adapter's reference is its own base: no second copy.
-        needs_copy = self.loss_fn.uses_reference and not policy.lora
-        self.reference = Policy.load(config.model).shard() if needs_copy else None
+        self.reference = ReferenceLogps(config, policy, prompts) if self.loss_fn.uses_reference else None
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
 
@@ -87,10 +86,15 @@ class Updater:
         if not trained:  # on every rank: all see the same groups
             return {"learning_rate": lr, "num_tokens": 0}
         plans = rank_micro_batches(trained, config.micro_batch_tokens, distributed.world_size())
+        if self.reference is not None:
+            with progress.phase("reference"):
+                self.reference.prepare(trained)
         loss, mine, num_tokens = self._backward(plans, len(trained), progress)
         with progress.phase("optimizer"):
             sums = distributed.total(torch.stack((loss, loss.new_tensor(num_tokens))))
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
+        if self.reference is not None:
+            self.reference.follow(self.policy, step + 1)
         self._guard(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())
@@ -118,7 +122,9 @@ class Updater:
             if num_groups == 0:
                 loss, _ = self.policy(batch, self._no_gradient(batch), 1, eos_id=self.eos_id)
             else:
-                loss, _ = self.policy(self._with_reference(batch), self.loss_fn, math.inf, eos_id=self.eos_id)
+                loss, _ = self.policy(
+                    self._with_reference(batch, MicroBatch()), self.loss_fn, math.inf, eos_id=self.eos_id
+                )
             loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         return batch.token_T.numel()
@@ -139,7 +145,7 @@ class Updater:
             with progress.phase("pack"):
                 batch = pack_micro_batch(micro, device)
                 if any(plan[i].is_whole for plan in plans):  # a forward of the reference too is one of all ranks
-                    batch = self._with_reference(batch)
+                    batch = self._with_reference(batch, micro)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
             with progress.phase("forward_backward"), _named_out_of_memory(batch):
                 if micro.is_whole:
@@ -172,23 +178,17 @@ class Updater:
         with _named_out_of_memory(batch):
             out = self.policy.token_logp(batch, self.eos_id)
             logp_R, eos_logp_R = out if self.eos_id is not None else (out, None)
-            return PartLogp(logp_R, eos_logp_R, self._with_reference(batch).ref_logp_M)
+            return PartLogp(logp_R, eos_logp_R, self._with_reference(batch, micro).ref_logp_M)
 
     def _no_gradient(self, batch: PackedBatch) -> GivenGradient:
         """For a rank that keeps the others company in a forward: exactly zero, whatever the loss is."""
         zero_R = torch.zeros(batch.target_R.shape, device=self.policy.device)
         return GivenGradient(zero_R, None if self.eos_id is None else zero_R)
 
-    def _with_reference(self, batch: PackedBatch) -> PackedBatch:
-        if not self.loss_fn.uses_reference:
+    def _with_reference(self, batch: PackedBatch, micro: MicroBatch) -> PackedBatch:
+        if self.reference is None:
             return batch
-        model = self.reference or self.policy
-        with self.policy.adapter_off() if model is self.policy else contextlib.nullcontext():
-            logp_R = model.token_logp(batch)
-        distributed.reshard(model)
-        ends = batch.response_offsets.tolist()
-        ref_logp_M = torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
-        return dataclasses.replace(batch, ref_logp_M=ref_logp_M)
+        return dataclasses.replace(batch, ref_logp_M=self.reference.of(batch, micro))
 
     def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
         self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1

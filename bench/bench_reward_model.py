@@ -32,9 +32,10 @@ from ampo_fast.reward_evaluation import evaluate_scores
 from ampo_fast.reward_training import RewardTrainer
 
 RESULTS = Path(__file__).parent / "results" / "reward_model.csv"
-COLUMNS = ("op", "variant", "seed", "backbone", "trained_blocks", "max_tokens", "epochs", "num_pairs", "accuracy",
-           "accuracy_se_by_prompt", "accuracy_longer_wins", "brier", "ece", "log_loss", "step", "seconds",
-           "pairs_per_s", "padding_factor", "threads", "device", "versions", "commit", "date", "note")  # fmt: skip
+COLUMNS = ("op", "variant", "seed", "backbone", "keep_blocks", "pooling", "trained_blocks", "max_tokens", "epochs",
+           "num_pairs", "accuracy", "accuracy_se_by_prompt", "accuracy_longer_wins", "brier", "ece", "log_loss", "step",
+           "seconds", "pairs_per_s", "padding_factor", "threads", "device", "versions", "commit", "date", "note")  # fmt: skip
+WHOLE_MODEL = {"keep_blocks": None, "pooling": "native", "trained_blocks": None}
 LOSSES = {
     "bt": {"name": "BradleyTerry"},
     "mmpo": {"name": "MMPOReward", "params": {"gamma": {"agreement": 0.8}}},
@@ -58,11 +59,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="pairs; default: pairs_dev.jsonl.gz of $AMPO_FAST_DATA")
     parser.add_argument("--part", choices=("all", "accuracy", "speed"), default="all")
     parser.add_argument("--backbone", default="package:all-minilm-l6-v2")
+    parser.add_argument("--pooling", choices=("native", "mean"), default="mean")
+    parser.add_argument("--keep-blocks", type=int, default=0)
     parser.add_argument("--trained-blocks", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="default: all")
     parser.add_argument("--test-share", type=float, default=0.2)
     parser.add_argument("--speed-pairs", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -80,9 +86,14 @@ def _config(options: argparse.Namespace, work: Path, train: Path, name: str, see
     values = {
         "run": {"name": name, "dir": str(work), "seed": seed, "epochs": options.epochs},
         "data": {"train": str(train), "max_tokens": options.max_tokens},
-        "model": {"path": options.backbone, "trained_blocks": options.trained_blocks},
+        "model": {
+            "path": options.backbone,
+            "keep_blocks": options.keep_blocks,
+            "pooling": options.pooling,
+            "trained_blocks": options.trained_blocks,
+        },
         "loss": loss,
-        "optim": {"lr": options.lr, "micro_batch_tokens": 16384, "weight_decay": 0.01},
+        "optim": {"lr": options.lr, "micro_batch_tokens": 16384, "weight_decay": options.weight_decay},
         "eval": {"patience": 0},
     }
     for section, more in sections.items():
@@ -95,14 +106,12 @@ def _config(options: argparse.Namespace, work: Path, train: Path, name: str, see
 
 def accuracy(options: argparse.Namespace, work: Path) -> dict:
     """mean and standard error over seeds, on test prompts."""
-    found: dict[str, list[dict]] = {"bt": [], "mmpo": []}
+    found: dict[str, list[dict]] = {variant: [] for variant in options.losses}
     shared = None
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         train, test = _split(options, work, seed)
-        for variant, loss in LOSSES.items():
-            trainer = RewardTrainer(_config(options, work, train, f"{variant}{seed}", seed, loss))
-            if shared is not None:
-                trainer.model.frozen.share(shared)
+        for variant, loss in ((name, LOSSES[name]) for name in options.losses):
+            trainer = RewardTrainer(_config(options, work, train, f"{variant}{seed}", seed, loss), shared)
             summary = trainer.run()
             shared = trainer.model.frozen
             encoded = [trainer.model.encode(group) for group in test]
@@ -114,18 +123,20 @@ def accuracy(options: argparse.Namespace, work: Path) -> dict:
             _write_curve(options, work / f"{variant}{seed}", variant, seed)
             keys = ("accuracy", "accuracy_longer_wins", "brier", "ece", "log_loss")
             print(f"seed {seed} {variant}: " + ", ".join(f"{key} {result[key]:.4f}" for key in keys), flush=True)
-    return {
-        "accuracy_longer_wins": _mean_se([r["accuracy_longer_wins"] for r in found["bt"]]),
+    answer = {
+        "accuracy_longer_wins": _mean_se([r["accuracy_longer_wins"] for r in found[options.losses[0]]]),
         **{
             f"{key}_{variant}": _mean_se([r[key] for r in results])
             for key in ("accuracy", "ece", "brier")
             for variant, results in found.items()
         },
-        "mmpo_minus_bt": {
+    }
+    if set(found) >= {"bt", "mmpo"}:
+        answer["mmpo_minus_bt"] = {
             key: _mean_se([m[key] - b[key] for m, b in zip(found["mmpo"], found["bt"], strict=True)])
             for key in ("accuracy", "ece", "brier")
-        },
-    }
+        }
+    return answer
 
 
 def _split(options: argparse.Namespace, work: Path, seed: int) -> tuple[Path, list]:
@@ -164,7 +175,7 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
     with train.open("w", encoding="utf-8") as file:
         file.writelines(dump_line(rows[i]) for i in chosen)
     options.epochs = 1
-    full = {"model": {"trained_blocks": None}, "data": {"eval": str(train)}}
+    full = {"model": WHOLE_MODEL, "data": {"eval": str(train)}, "optim": {"weight_decay": 0.01, "lr": 2e-5}}
     config = _config(options, work, train, "speed", 0, LOSSES["bt"], **full)
     trainer = RewardTrainer(config)
     pairs = [{"chosen_ids": i.encoded.ids[0], "rejected_ids": i.encoded.ids[1]} for i in trainer.train_items]
@@ -209,13 +220,13 @@ def _time_trl(options: argparse.Namespace, work: Path, pairs: list[dict], **sett
 
     from ampo_fast.reward_model import RewardModel
 
-    config = _config(options, work, work / "speed.jsonl", "speed", 0, LOSSES["bt"], model={"trained_blocks": None})
+    config = _config(options, work, work / "speed.jsonl", "speed", 0, LOSSES["bt"], model=WHOLE_MODEL)
     loaded = RewardModel.load(config.model, max_tokens=options.max_tokens, seed=0)
     rows = [pair | {"length": max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))} for pair in pairs]
     arguments = RewardConfig(
         output_dir=str(work / "trl"), num_train_epochs=1, bf16=False,
         gradient_checkpointing=False, max_length=None, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, learning_rate=options.lr,
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, learning_rate=2e-5,
         length_column_name="length", **({"per_device_train_batch_size": 16} | settings),
     )  # fmt: skip
     trainer = TRLRewardTrainer(
@@ -246,7 +257,9 @@ def _write(options: argparse.Namespace, op: str, variant: str, values: dict) -> 
     names = ("torch", "transformers")
     row = {key: values.get(key, "") for key in COLUMNS} | {
         "op": op, "variant": variant, "backbone": options.backbone, "max_tokens": options.max_tokens,
-        "trained_blocks": "all" if op == "speed" else options.trained_blocks, "epochs": options.epochs,
+        "trained_blocks": "all" if op == "speed" else options.trained_blocks,
+        "keep_blocks": "all" if op == "speed" or options.keep_blocks is None else options.keep_blocks,
+        "pooling": "native" if op == "speed" else options.pooling, "epochs": options.epochs,
         "threads": torch.get_num_threads(), "device": platform.processor() or platform.machine(),
         "versions": " ".join(f"{name} {found[name]}" for name in names), "commit": found["commit"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "note": options.note,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from builders import prompt
@@ -161,28 +162,24 @@ def test_an_untrained_head_is_refused(tiny_model, pairs, capsys):
     assert "--reward-model" in capsys.readouterr().err
 
 
-def test_rewardbench_rows_are_read(tiny_model, tmp_path, capsys):
-    row = {
-        "prompt": "q",
-        "chosen": "good",
-        "chosen_model": "x",
-        "rejected": "bad",
-        "rejected_model": "y",
-        "subset": "s",
-        "id": 3,
-    }
-    path = tmp_path / "bench.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    arguments = [
-        "evaluate",
-        "--policy",
-        str(tiny_model),
-        "--reference",
-        str(tiny_model),
-        "--pairs",
-        str(path),
-        "--json",
+def test_rewardbench_rows_are_read_by_subset(tiny_model, tmp_path, capsys):
+    models = {"chosen_model": "x", "rejected_model": "y"}
+    rows = [
+        {"prompt": f"q{i}", "chosen": "good", "rejected": "bad", "subset": subset, "id": i % 2} | models
+        for i, subset in enumerate(["easy", "easy", "hard"])
     ]
-    assert cli.main(arguments) == 0
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["evaluate", "--policy", str(tiny_model), "--reference", str(tiny_model), "--pairs", str(path)]
+    assert cli.main([*arguments, "--json", "--html", str(tmp_path / "page.html")]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["num_pairs"], result["accuracy"], result["log_loss"]) == (1, 0.0, pytest.approx(math.log(2)))
+    assert (result["num_pairs"], result["accuracy"], result["log_loss"]) == (3, 0.0, pytest.approx(math.log(2)))
+    assert [(b["bucket"], b["count"]) for b in result["by_subset"]] == [("easy", 2), ("hard", 1)]
+    assert "By subset" in (tmp_path / "page.html").read_text()
+
+
+def test_subsets_are_measured_one_by_one():
+    groups = [replace(group([1.0, 0.0], question=q), subset=s) for q, s in (("a", "x"), ("b", "y"), ("c", "y"))]
+    result = evaluate_scores(groups, [[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    assert [(b["bucket"], b["count"], b["accuracy"]) for b in result["by_subset"]] == [("x", 1, 1.0), ("y", 2, 0.5)]
+    assert "by_subset" not in evaluate_scores([group([1.0, 0.0])], [[1.0, 0.0]])

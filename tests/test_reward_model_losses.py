@@ -85,3 +85,19 @@ def test_gradients_are_exact_over_ragged_groups(loss):
 def test_bad_input_is_named(score, reward, offsets, word):
     with pytest.raises(ValueError, match=word):
         call(BradleyTerry(), score, reward, offsets)
+
+
+def test_mean_human_ratings_with_ties_by_hand():
+    # Means of three raters: of six pairs two are ties, each a target of 1/2, none dropped, whichever comes first.
+    score, rating = [0.3, -0.2, 0.5, 1.1], [10 / 3, 10 / 3, 1.0, 1.0]
+    total = 0.0
+    for i, j in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]:
+        p = 1 / (1 + math.exp(-1.5 * (rating[i] - rating[j])))
+        total += -p * ls(score[i] - score[j]) - (1 - p) * ls(score[j] - score[i])
+    got = call(MMPOReward(gamma=1.5), score, rating, (0, 4))
+    assert got.loss.item() == pytest.approx(total / 6, abs=1e-13)
+    assert (got.metrics["pairs"], got.metrics["pairs_equal"]) == (6, 2)
+    turned = call(MMPOReward(gamma=1.5), score[::-1], rating[::-1], (0, 4))
+    assert turned.loss.item() == pytest.approx(total / 6, abs=1e-13)
+    hard = call(BradleyTerry(), score, rating, (0, 4))
+    assert (hard.metrics["pairs"], hard.metrics["pairs_equal"]) == (4, 2)

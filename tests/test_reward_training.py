@@ -13,10 +13,12 @@ from ampo_fast.config import build_config
 from ampo_fast.metrics import read_metrics
 from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_data import conversation_key
+from ampo_fast.reward_model import EncodedGroup
 from ampo_fast.reward_training import (
     Item,
     RewardTrainer,
     ScoreInfoNCA,
+    divergent_similarity,
     fit_length_weight,
     make_reward_loss,
     train_reward,
@@ -218,3 +220,66 @@ def test_the_trained_model_is_the_reward_of_a_policy(tiny_model, tmp_path):
     model = RewardModel.load(RewardModelConfig(path=summary["model"]))
     scores = model([model.encode(Prompt(id="p", messages=tuple(row["prompt"]), responses=given))]).tolist()
     assert [response["reward_raw"] for response in row["responses"]] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monkeypatch):
+    whole = train_reward(settings(tmp_path, tiny_model, run={"name": "whole", "epochs": 3}))
+    config = settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3})
+    update = RewardTrainer._update
+
+    def fall_over(self, step, items):
+        if step == 8:
+            raise RuntimeError("the machine went away")
+        update(self, step, items)
+
+    monkeypatch.setattr(RewardTrainer, "_update", fall_over)
+    with pytest.raises(RuntimeError, match="went away"):
+        train_reward(config)
+    monkeypatch.setattr(RewardTrainer, "_update", update)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_reward(config)
+    resumed = train_reward(config, resume=True)
+    rows = []
+    for name in ("whole", "stopped"):
+        found = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        rows.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in found])
+    assert rows[0] == rows[1]
+    assert resumed["log_loss"] == whole["log_loss"]
+    assert train_reward(config, resume=True)["log_loss"] == whole["log_loss"]
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        train_reward(
+            settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3}, optim={"lr": 1.0}), resume=True
+        )
+    (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
+        train_reward(config, resume=True)
+
+
+def test_pcrms_similarity_is_that_of_the_parts_that_diverge():
+    ids = ((1, 2, 3, 4, 9), (1, 2, 5, 9), (1, 2, 3, 4, 9), (7, 9))
+    items = [Item(None, EncodedGroup("a", ids, 0)), Item(None, EncodedGroup("b", ids[:2], 0))]
+    found = divergent_similarity(items)
+    assert found.shape == (2, 4, 4)
+    expected = [[1, 2 / 3, 1, 2 / 5], [2 / 3, 1, 2 / 3, 2 / 4], [1, 2 / 3, 1, 2 / 5], [2 / 5, 2 / 4, 2 / 5, 1]]
+    assert torch.allclose(found[0], torch.tensor(expected))
+    assert torch.allclose(found[1, :2, :2], torch.tensor([[1, 2 / 3], [2 / 3, 1]]))
+
+
+def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for i in range(16):
+        ratings = [rng.choice([1.0, 7 / 3, 10 / 3]) for _ in range(4)]
+        ratings[:3] = [1.0, 1.0, 10 / 3]
+        texts = ["z" * n + "abcdefgh"[: 8 - n] for n in rng.sample(range(8), 4)]
+        responses = [{"content": t, "reward": r} for t, r in zip(texts, ratings, strict=True)]
+        rows.append({"prompt": f"q{i}", "responses": responses})
+    path = tmp_path / "rated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss = {"name": "MMPOReward", "params": {"gamma": 1.0}}
+    summary = train_reward(settings(tmp_path, tiny_model, data={"train": str(path)}, loss=loss, run={"epochs": 1}))
+    assert summary["num_ties"] > 0
+    assert summary["num_pairs"] + summary["num_ties"] == 4 * 6  # a quarter of the prompts is held out
+    evaluation = json.loads((tmp_path / "runs/reward/evaluation.json").read_text())
+    assert evaluation["num_groups"] == 4
+    assert 0.5 <= evaluation["tie_confidence"] < 1.0

@@ -90,7 +90,8 @@ def _accuracy_section(evaluation: Evaluation) -> Section:
     head = ("bucket", "pairs", "accuracy", "95% interval")
     tables = [
         Table(head=head, rows=[_bucket_row(b) for b in evaluation[key]], caption=caption)
-        for key, caption in (("by_margin", "By margin"), ("by_length", "By length"))
+        for key, caption in (("by_margin", "By margin"), ("by_length", "By length"), ("by_subset", "By subset"))
+        if key in evaluation
     ]
     return Section(id="accuracy", title="Which answer is better", sentences=[text], charts=charts, tables=tables)
 

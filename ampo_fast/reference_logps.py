@@ -1,0 +1,201 @@
+"""The reference's log-probs of responses; of given ones each is computed once in a run, kept on disk, checked.
+
+A frozen reference: RUN/reference/HASH.jsonl holds a line {id, index, logp} per response. HASH is of the reference's
+weights and compute type, its tokenizer and template, and the data with the length at which responses are cut. One that
+follows the policy (reference.every) is computed anew at every step; its weights are in RUN/reference/step_N.safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ampo_fast import distributed
+from ampo_fast.config import Config
+from ampo_fast.jsonl import dump_line
+from ampo_fast.lora import base_tensors
+from ampo_fast.model import Policy
+from ampo_fast.packing import MicroBatch, idle_batch, kept_candidates, pack_responses, packed_length
+from ampo_fast.types import CandidateGroup, PackedBatch, Prompt, SelectedGroup
+
+_Key = tuple[str, int]
+"""(prompt id, index of the response)."""
+
+
+class ReferenceLogps:
+    """log pi_ref(y | x), summed over tokens, for every response that is trained on. Every rank makes the same calls."""
+
+    def __init__(self, config: Config, policy: Policy, prompts: Sequence[Prompt]) -> None:
+        self.config = config
+        self.moves = config.reference.every > 0
+        if self.moves and (distributed.world_size() > 1 or policy.lora):
+            raise ValueError("reference.every > 0 runs in one process and without model.lora; set reference.every = 0")
+        self.is_kept = config.rollout.engine == "data" and not self.moves
+        # An adapter's reference is its own base: no second copy.
+        self.is_base = bool(policy.lora)
+        self.model = policy if self.is_base else Policy.load(config.model)
+        if self.is_kept:
+            facts = (self.model, prompts, config.rollout.max_new_tokens)
+            # The base of a sharded policy is gathered by all ranks; a copy is whole on the first one until it is sharded.
+            self.hash = reference_hash(*facts) if self.is_base else distributed.on_main(lambda: reference_hash(*facts))
+        if not self.is_base:
+            self.model.shard()
+        self.folder: Path | None = None
+        self.path: Path | None = None
+        self._kept: dict[_Key, float] = {}
+
+    def keep_in(self, run_dir: Path) -> None:
+        """Takes over what the run's file holds and adds to it from now on; only for given responses.
+
+        Raises ValueError where the run began with another model, template or data.
+        """
+        self.folder = run_dir / "reference"
+        if not self.is_kept:
+            return
+        self.path = self.folder / f"{self.hash}.jsonl"
+        self._kept = distributed.from_main(_read(self.path) if distributed.is_main() else {})
+
+    def prepare(self, groups: Sequence[SelectedGroup]) -> None:
+        """Computes what is missing of the step's given responses, in forwards of at most optim.micro_batch_tokens."""
+        if not self.is_kept:
+            return
+        missing = [(g.scored.group, [i for i in kept_candidates(g) if (_id(g), i) not in self._kept]) for g in groups]
+        chunks = _chunks([each for each in missing if each[1]], self.config.optim.micro_batch_tokens)
+        num_ranks = distributed.world_size()
+        chunks += [[]] * (-len(chunks) % num_ranks)
+        mine = [self._score(chunk) for chunk in chunks[distributed.rank() :: num_ranks]]
+        found = {key: logp for part in distributed.all_gather(mine) for chunk in part for key, logp in chunk.items()}
+        self._kept |= found
+        if found and self.path is not None and distributed.is_main():
+            _append(self.path, found)
+
+    def of(self, batch: PackedBatch, micro: MicroBatch) -> torch.Tensor:
+        """[M] float32 of the batch that was packed from `micro`; zeros where it has no groups and the data is given."""
+        if not self.is_kept:
+            return self._sums(batch)
+        if not micro.groups:
+            return torch.zeros_like(batch.reward_M)
+        values = [self._kept[_id(group), i] for group in micro.groups for i in micro.part or kept_candidates(group)]
+        return torch.tensor(values, device=batch.token_T.device)
+
+    # --- a reference that moves ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, step: int) -> None:
+        """After optimizer step `step`, where it is due: theta_ref <- decay theta_ref + (1 - decay) theta.
+
+        decay 0: the reference of the next mini-batches is the policy (TSO, arXiv 2409.02118, iterative mini-batch DPO);
+        decay 0.5 at every step: the moving average of SAPO (arXiv 2405.20830).
+        """
+        config = self.config.reference
+        if not self.moves or step % config.every:
+            return
+        for own, new in zip(self.model.parameters(), policy.parameters(), strict=True):
+            own.lerp_(new, 1.0 - config.decay)
+
+    def save(self, step: int) -> None:
+        """The weights at `step`, written aside and renamed; those of older steps but one go."""
+        if not self.moves:
+            return
+        self.folder.mkdir(exist_ok=True)
+        aside = self.folder / "aside"
+        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters()}, aside)
+        aside.rename(self._weights(step))
+        for path in sorted(self.folder.glob("step_*.safetensors"))[: -self.config.checkpoint.keep_last - 1]:
+            path.unlink()
+
+    @torch.no_grad()
+    def restore(self, step: int) -> None:
+        """Raises ValueError where the weights of that step are missing."""
+        if not self.moves or step == 0:
+            return
+        path = self._weights(step)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the reference at step {step} is not known; use another --run.name")
+        saved = load_file(path)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(saved[name])
+
+    def _weights(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.safetensors"
+
+    def _score(self, chunk: Sequence[tuple[CandidateGroup, list[int]]]) -> dict[_Key, float]:
+        if not chunk:
+            self._sums(idle_batch(self.model.device))
+            return {}
+        groups, indices = zip(*chunk, strict=True)
+        sums = self._sums(pack_responses(groups, indices, self.model.device)).tolist()
+        keys = [(group.prompt.id, i) for group, kept in chunk for i in kept]
+        return dict(zip(keys, sums, strict=True))
+
+    def _sums(self, batch: PackedBatch) -> torch.Tensor:
+        with self.model.adapter_off() if self.is_base else contextlib.nullcontext():
+            logp_R = self.model.token_logp(batch)
+        distributed.reshard(self.model)
+        ends = batch.response_offsets.tolist()
+        return torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
+
+
+def reference_hash(reference: Policy, prompts: Iterable[Prompt], max_new_tokens: int) -> str:
+    """Of everything that the log-probs of given responses depend on; about a second per GB of weights."""
+    digest = hashlib.blake2b(digest_size=12)
+    tokenizer = reference.tokenizer
+    facts = [str(reference.compute_dtype), max_new_tokens, reference.stop_ids, tokenizer.chat_template]
+    digest.update(json.dumps([*facts, sorted(tokenizer.get_vocab().items())]).encode())
+    for prompt in prompts:
+        row = [prompt.id, prompt.messages, [response.content for response in prompt.responses]]
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    tensors = base_tensors(reference.model, is_merged=False) if reference.lora else reference.model.state_dict().items()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _id(group: SelectedGroup) -> str:
+    return group.scored.group.prompt.id
+
+
+def _chunks(
+    missing: Sequence[tuple[CandidateGroup, list[int]]], max_tokens: int
+) -> list[list[tuple[CandidateGroup, list[int]]]]:
+    """In order, at most max_tokens packed tokens each (a larger group runs alone)."""
+    chunks: list[list[tuple[CandidateGroup, list[int]]]] = []
+    used = 0
+    for group, indices in missing:
+        length = packed_length(len(group.prompt_ids), [len(group.candidates[i].token_ids) for i in indices])
+        if not chunks or used + length > max_tokens:
+            chunks.append([])
+            used = 0
+        chunks[-1].append((group, indices))
+        used += length
+    return chunks
+
+
+def _read(path: Path) -> dict[_Key, float]:
+    path.parent.mkdir(exist_ok=True)
+    others = [other.name for other in path.parent.glob("*.jsonl") if other != path]
+    if others:
+        raise ValueError(
+            f"{path.parent} holds {others[0]}: the run began with another reference, template or data than now "
+            f"({path.stem}); restore them, or use another --run.name"
+        )
+    if not path.exists():
+        path.touch()
+    whole, _, torn = path.read_text().rpartition("\n")
+    if torn:  # the line that a killed run was writing
+        path.write_text(whole + "\n" if whole else "")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {(row["id"], row["index"]): row["logp"] for row in rows}
+
+
+def _append(path: Path, found: dict[_Key, float]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(dump_line({"id": id_, "index": i, "logp": logp}) for (id_, i), logp in found.items())
