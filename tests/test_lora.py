@@ -68,7 +68,7 @@ def test_the_adapter_starts_the_same_whatever_was_drawn_before(tiny_model):
 def test_the_reference_is_the_base_without_a_second_copy(tiny_model):
     policy = adapted(tiny_model)
     updater = Updater(config(loss={"name": "DPO"}, model={"path": str(tiny_model), "lora": LORA}), policy)
-    assert updater.reference is None
+    assert updater.reference.model is policy
     batch = pack_responses(GROUPS, [range(3)])
     own = policy.token_logp(batch)
     ref_logp_M = updater._with_reference(batch).ref_logp_M
