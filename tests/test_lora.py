@@ -15,7 +15,7 @@ from ampo_fast.evaluation import response_logp
 from ampo_fast.lora import base_hash, is_adapter
 from ampo_fast.model import Policy, export
 from ampo_fast.optimizer import make_optimizer
-from ampo_fast.packing import pack_responses
+from ampo_fast.packing import MicroBatch, pack_responses
 from ampo_fast.trainer import train
 from ampo_fast.update import Updater
 from ampo_fast.weight_sync import named_weights
@@ -71,7 +71,7 @@ def test_the_reference_is_the_base_without_a_second_copy(tiny_model):
     assert updater.reference.model is policy
     batch = pack_responses(GROUPS, [range(3)])
     own = policy.token_logp(batch)
-    ref_logp_M = updater._with_reference(batch).ref_logp_M
+    ref_logp_M = updater._with_reference(batch, MicroBatch()).ref_logp_M
     base_R = Policy.load(ModelConfig(path=str(tiny_model))).token_logp(batch)
     torch.testing.assert_close(ref_logp_M, torch.stack([base_R[:3].sum(), base_R[3:10].sum(), base_R[10:].sum()]))
     torch.testing.assert_close(own, policy.token_logp(batch), atol=0, rtol=0)  # switched on again
