@@ -30,6 +30,10 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+_MAX_PADDED = 1.25
+"""A group's responses attend in one call where padding them to one length makes at most this many times their tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
     """The pieces of one packed batch, and the additive masks that they need, built once per forward."""
@@ -121,15 +125,32 @@ def _by_pieces(
         is_plain = softcap is None and (sliding_window is None or sliding_window >= prompt)
         mask = None if is_plain else segments.mask(0, query_pieces[i], sliding_window)
         out.append(_attend(query_pieces[i], prompt_key, prompt_value, mask, **options))
-        for j in range(i + 1, i + 1 + num_responses):
-            if query_pieces[j].shape[2] == 0:
-                continue
-            keys = torch.cat((prompt_key, key_pieces[j]), dim=2)
-            values = torch.cat((prompt_value, value_pieces[j]), dim=2)
-            mask = segments.mask(prompt, query_pieces[j], sliding_window)
-            out.append(_attend(query_pieces[j], keys, values, mask, **options))
+        own = range(i + 1, i + 1 + num_responses)
+        for batch in _batches({j: segments.piece_lengths[j] for j in own if segments.piece_lengths[j]}):
+            queries = _stacked([query_pieces[j] for j in batch])
+            keys, values = (
+                torch.cat((first.expand(len(batch), -1, -1, -1), _stacked([pieces[j] for j in batch])), dim=2)
+                for first, pieces in ((prompt_key, key_pieces), (prompt_value, value_pieces))
+            )
+            # What pads a shorter response comes after its own tokens: causality alone keeps it out of their sight.
+            attended = _attend(queries, keys, values, segments.mask(prompt, queries, sliding_window), **options)
+            each = attended.split(1)
+            out += [rows[:, :, : segments.piece_lengths[j]] for rows, j in zip(each, batch, strict=True)]
         i += 1 + num_responses
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _batches(lengths: dict[int, int]) -> list[list[int]]:
+    """The pieces of a group's responses that attend in one call: all where padding is cheap, else each alone."""
+    if lengths and max(lengths.values()) * len(lengths) <= _MAX_PADDED * sum(lengths.values()):
+        return [list(lengths)]
+    return [[j] for j in lengths]
+
+
+def _stacked(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1, H, L, A] each -> [pieces, H, longest L, A], zeros after the shorter ones."""
+    longest = max(piece.shape[2] for piece in pieces)
+    return torch.cat([torch.nn.functional.pad(piece, (0, 0, 0, longest - piece.shape[2])) for piece in pieces])
 
 
 def _attend(
@@ -142,12 +163,13 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """softmax(cap(q k^T scale) + mask) v; torch's kernel where there is no cap, which it does not know; None: causal."""
+    if query.shape[0] == 1 or softcap is not None:
+        # A CPU's backward is parallel over sequences and key heads: one sequence with few of them leaves cores idle.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     if softcap is None:
-        # Query heads read their shared key head in place: repeating it first takes a tenth longer on a CPU.
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     work = torch.promote_types(scores.dtype, torch.float32)
     return torch.softmax(scores + mask, dim=-1, dtype=work).to(value.dtype) @ value
