@@ -5,7 +5,7 @@
 shared: forward + backward of one group of 8, SmolLM2-135M, float32; stock transformers (SDPA, an equal-length batch, the
 prompt in every row, our head) against the shared prefix, in turn; largest relative difference of the gradients.
 trl: 2 prompts x 8 completions x 32 tokens; TRL's step, then ours on 1 + 3, then ours on all 8, in turn, in one process.
-memory: peak resident memory of a run of each, every one in a process of its own.
+memory: peak resident memory of a run of each (TRL where it is installed), every one in a process of its own.
 ranks: ten steps of a tiny model on two gloo processes against one; largest relative difference of a step's loss, float32.
 Rows go to bench/results/step.csv; the last line of output is one JSON object.
 """
@@ -13,9 +13,9 @@ Rows go to bench/results/step.csv; the last line of output is one JSON object.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,10 +37,6 @@ from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt, Samp
 GROUP = 8
 SHAPES = {"512_128": (512, 128), "180_350": (180, 350)}
 PROMPTS, COMPLETIONS, TOKENS = 2, 8, 32
-
-
-def peak_rss_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # --- each prompt once -------------------------------------------------------------------------------------------------
@@ -100,9 +96,10 @@ def gradients(policy: Policy, step: Callable[[], torch.Tensor]) -> dict[str, tor
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
-def measure_shared(policy: Policy, repeats: int, context: dict) -> tuple[list[dict], dict]:
+def measure_shared(policy: Policy, shapes: list[str], repeats: int, context: dict) -> tuple[list[dict], dict]:
     table, found, worst = [], {}, 0.0
-    for name, (prompt, response) in SHAPES.items():
+    for name in shapes:
+        prompt, response = SHAPES[name]
         group = random_group(prompt, response, policy.head.weight.shape[0])
         batch = _batch(group)
         steps = {"shared": lambda b=batch: shared_step(policy, b)}
@@ -263,12 +260,12 @@ def run_alone(what: str) -> None:
         policy = Policy.load(load_config("quickstart").model)
         group = random_group(*SHAPES["512_128"], policy.head.weight.shape[0])
         batch = _batch(group)
-        before = peak_rss_mib()
         call = {"shared": lambda: shared_step(policy, batch), "naive": lambda: naive_step(policy, group, batch)}[what]
-        call()
-        print(json.dumps({"peak_mib": peak_rss_mib() - before}))
+        # Not getrusage's peak: that of loading the model is higher than the shared step's.
+        print(json.dumps({"peak_mib": float(rows.peak_mib(call))}))
         return
-    print(json.dumps({"peak_mib": peak_rss_mib(), "beyond_16_bytes_mib": peak_rss_mib() - 16 * count / 2**20}))
+    peak = rows.peak_rss_mib()
+    print(json.dumps({"peak_mib": peak, "beyond_16_bytes_mib": peak - 16 * count / 2**20}))
 
 
 def measure_memory(context: dict, with_trl: bool) -> tuple[list[dict], dict]:
@@ -328,6 +325,9 @@ def measure_ranks(context: dict) -> tuple[list[dict], dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="shared,trl,memory,ranks")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="of part shared: prompt_response"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl-steps", type=int, default=5)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -341,7 +341,7 @@ def main() -> None:
     found: dict[str, float] = {}
     if "shared" in parts:
         policy = Policy.load(load_config("quickstart").model)
-        table, ratios = measure_shared(policy, options.repeats, context)
+        table, ratios = measure_shared(policy, options.shapes, options.repeats, context)
         rows.append(options.csv, table)
         found |= ratios
         del policy
@@ -350,7 +350,7 @@ def main() -> None:
         rows.append(options.csv, table)
         found |= ratios
     if "memory" in parts:
-        table, ratios = measure_memory(context, "trl" in parts)
+        table, ratios = measure_memory(context, importlib.util.find_spec("trl") is not None)
         rows.append(options.csv, table)
         found |= ratios
     if "ranks" in parts:

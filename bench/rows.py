@@ -84,6 +84,11 @@ def peak_mib(call: Callable[[], object]) -> str:
         return ""
 
 
+def peak_rss_mib() -> float:
+    """This process's highest resident memory so far. Not getrusage's, which starts at that of the process that forked it."""
+    return _status_kib("VmHWM") / 1024
+
+
 def _status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
