@@ -67,6 +67,7 @@ class SegmentPlan:
         return self._varlen[device]
 
 
+@torch.compiler.disable  # it goes by the lengths of the pieces: traced, every batch would be a program of its own
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -81,6 +81,9 @@ class ModelConfig(Section):
         "auto",
         description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible.",
     )
+    compile: bool = Field(
+        False, description="torch.compile of the layers in training: minutes to start, then less time between products."
+    )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
     lora: LoraConfig = Field(
         default_factory=LoraConfig,
@@ -178,7 +181,9 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of both moments.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW's decay of both moments.", json_schema_extra=ADVANCED
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's decoupled decay.")
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Gradients are clipped to this norm.")
 

@@ -89,6 +89,15 @@ class Policy(nn.Module):
             distributed.share_values(policy.modules())
         return policy
 
+    def compile_blocks(self) -> Policy:
+        """Has torch.compile fuse the small operations between each block's matrix products, in passes with a gradient.
+
+        What samples and scores runs as before: its shapes change at every token. Before checkpoint_activations and shard.
+        """
+        for block in self.blocks:
+            block.forward = functools.partial(_compiled, block.forward, torch.compile(block.forward, dynamic=True))
+        return self
+
     def checkpoint_activations(self) -> Policy:
         """Keeps only each block's input for the backward, which runs the block again; the head is never run twice."""
         for block in self.blocks:
@@ -260,6 +269,10 @@ def _probe_batch(token: int, device: torch.device) -> PackedBatch:
         for n in (3, 1)
     ]
     return pack_responses(groups, [range(3)] * 2, device)
+
+
+def _compiled(forward: Callable, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
 
 def _checkpointed(model: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -67,6 +67,8 @@ class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
         self.policy = Policy.load(config.model)
+        if config.model.compile:
+            self.policy.compile_blocks()
         if config.optim.activation_checkpointing:
             self.policy.checkpoint_activations()
         self.policy.shard()

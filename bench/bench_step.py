@@ -3,7 +3,8 @@
     python bench/bench_step.py [--parts shared,trl,memory,ranks] [--repeats 5] [--trl-steps 5]
 
 shared: forward + backward of one group of 8, SmolLM2-135M, float32; stock transformers (SDPA, an equal-length batch, the
-prompt in every row, our head) against the shared prefix, in turn; largest relative difference of the gradients.
+prompt in every row, our head) against the shared prefix, as it is and with model.compile (speedup_compiled_*), in turn;
+largest relative difference of the gradients.
 trl: 2 prompts x 8 completions x 32 tokens; TRL's step, then ours on 1 + 3, then ours on all 8, in turn, in one process.
 memory: peak resident memory of a run of each (TRL where it is installed), every one in a process of its own.
 ranks: ten steps of a tiny model on two gloo processes against one; largest relative difference of a step's loss, float32.
@@ -90,22 +91,27 @@ def naive_step(policy: Policy, group: CandidateGroup, batch: PackedBatch) -> tor
     return loss
 
 
-def gradients(policy: Policy, step: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(policy: Policy, step: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
     policy.zero_grad()
     step()
-    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    return [parameter.grad.clone() for parameter in policy.parameters()]
 
 
-def measure_shared(policy: Policy, shapes: list[str], repeats: int, context: dict) -> tuple[list[dict], dict]:
+def measure_shared(shapes: list[str], repeats: int, context: dict) -> tuple[list[dict], dict]:
+    policy, compiled = (Policy.load(load_config("quickstart").model) for _ in range(2))
+    compiled.compile_blocks()
     table, found, worst = [], {}, 0.0
     for name in shapes:
         prompt, response = SHAPES[name]
         group = random_group(prompt, response, policy.head.weight.shape[0])
         batch = _batch(group)
         steps = {"shared": lambda b=batch: shared_step(policy, b)}
+        steps["compiled"] = lambda b=batch: shared_step(compiled, b)
         steps["stock"] = lambda g=group, b=batch: stock_step(policy, g, b)
-        ours, theirs = (gradients(policy, step) for step in steps.values())
-        norms = [(ours[key] - theirs[key]).norm() / theirs[key].norm() for key in ours]
+        *ours, theirs = (
+            gradients(compiled if variant == "compiled" else policy, step) for variant, step in steps.items()
+        )
+        norms = [(a - b).norm() / b.norm() for grads in ours for a, b in zip(grads, theirs, strict=True)]
         worst = max(worst, float(torch.stack(norms).max()))
         seconds, _ = rows.alternate(steps, repeats)
         for variant, samples in seconds.items():
@@ -113,7 +119,8 @@ def measure_shared(policy: Policy, shapes: list[str], repeats: int, context: dic
             table.append(base | context | rows.timings(samples))
             print(f"{name:10} {variant:8} {table[-1]['median_ms']:>8} ms")
         medians = {row["variant"]: float(row["median_ms"]) for row in table if row["shape"] == name}
-        found[f"speedup_shared_{name}"] = round(medians["stock"] / medians["shared"], 3)
+        for variant in ("shared", "compiled"):
+            found[f"speedup_{variant}_{name}"] = round(medians["stock"] / medians[variant], 3)
     return table, found | {"max_rel_err_shared": worst}
 
 
@@ -340,11 +347,9 @@ def main() -> None:
     context = rows.context(*packages)
     found: dict[str, float] = {}
     if "shared" in parts:
-        policy = Policy.load(load_config("quickstart").model)
-        table, ratios = measure_shared(policy, options.shapes, options.repeats, context)
+        table, ratios = measure_shared(options.shapes, options.repeats, context)
         rows.append(options.csv, table)
         found |= ratios
-        del policy
     if "trl" in parts:
         table, ratios = measure_trl(options.trl_steps, context)
         rows.append(options.csv, table)

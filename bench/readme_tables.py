@@ -118,10 +118,10 @@ def step() -> list[Sequence[str]]:
     for shape in ("512_128", "180_350"):
         rows = by_variant("step.csv", op="step", shape=shape, dtype="float32")
         prompt, response = shape.split("_")
-        table.append(_against(
-            f"forward + backward, prompt {prompt}, 8 responses of {response}", rows["shared"],
-            "transformers, our head", rows["stock"],
-        ))  # fmt: skip
+        what = f"forward + backward, prompt {prompt}, 8 responses of {response}"
+        for variant, label in (("shared", what), ("compiled", "the same, `model.compile`")):
+            if variant in rows:
+                table.append(_against(label, rows[variant], "transformers, our head", rows["stock"]))
     whole = by_variant("step.csv", op="on_policy_step")
     for name, label in (("ours_1_3", "1 + 3 of 8"), ("ours_all", "all 8")):
         table.append(_against(f"on-policy step, trained on {label}", whole[name], "TRL GRPOTrainer", whole["trl"]))

@@ -1,10 +1,12 @@
 """The step over ranks and micro-batches, as far as one process can show it; test_distributed.py has the processes."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from builders import config, scored
+from torch._dynamo.utils import counters
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
@@ -130,6 +132,23 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model):
         grads.append([p.grad for p in policy.parameters()])
         assert len(calls) == (2 if wanted else 1)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_layers_give_the_same_gradients_and_every_batch_the_same_program(tiny_model):
+    groups = [[selected(i, lengths)] for i, lengths in enumerate([[5, 9, 7], [12, 3, 4, 8]])]
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    updater = Updater(config(), policy)
+    eager = [gradients(policy, updater, group, 1000) for group in groups]
+    policy.compile_blocks().checkpoint_activations()
+    num_programs = []
+    for group, (loss, _, grads, _) in zip(groups, eager, strict=True):
+        found_loss, _, found, _ = gradients(policy, updater, group, 1000)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert all((found[name] - grad).norm() < 1e-4 * grad.norm() for name, grad in grads.items())
+        num_programs.append(counters["stats"]["unique_graphs"])
+    assert num_programs[0] > 0
+    assert len(set(num_programs)) == 1
 
 
 def count_calls(policy):
