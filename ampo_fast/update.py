@@ -118,7 +118,7 @@ class Updater:
         if num_groups == 0:  # a group of that length is split: its largest part, with its own loss
             kept = max(1, (budget - longest_prompt) // max(1, length - 1))
         batch = longest_batch(max(1, num_groups), longest_prompt, kept, length, self.policy.device)
-        with _named_out_of_memory(batch):
+        with self._named_out_of_memory(batch):
             if num_groups == 0:
                 loss, _ = self.policy(batch, self._no_gradient(batch), 1, eos_id=self.eos_id)
             else:
@@ -147,7 +147,7 @@ class Updater:
                 if any(plan[i].is_whole for plan in plans):  # a forward of the reference too is one of all ranks
                     batch = self._with_reference(batch, micro)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
-            with progress.phase("forward_backward"), _named_out_of_memory(batch):
+            with progress.phase("forward_backward"), self._named_out_of_memory(batch):
                 if micro.is_whole:
                     loss, part = self.policy(batch, self.loss_fn, num_trained, eos_id=self.eos_id)
                     total += loss.detach()
@@ -175,7 +175,7 @@ class Updater:
 
     def _part_logp(self, micro: MicroBatch) -> PartLogp:
         batch = pack_micro_batch(micro, self.policy.device)
-        with _named_out_of_memory(batch):
+        with self._named_out_of_memory(batch):
             out = self.policy.token_logp(batch, self.eos_id)
             logp_R, eos_logp_R = out if self.eos_id is not None else (out, None)
             return PartLogp(logp_R, eos_logp_R, self._with_reference(batch, micro).ref_logp_M)
@@ -190,6 +190,25 @@ class Updater:
             return batch
         return dataclasses.replace(batch, ref_logp_M=self.reference.of(batch, micro))
 
+    @contextlib.contextmanager
+    def _named_out_of_memory(self, batch: PackedBatch) -> Iterator[None]:
+        """Turns an accelerator's out-of-memory error into a MemoryError that says what to change, and keeps what was held."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            run_dir, rank = self.config.run_dir, distributed.rank()
+            snapshot = run_dir.with_name(
+                f"{run_dir.name}.out_of_memory.rank{rank}.pickle"
+            )  # beside: it may not be made yet
+            snapshot.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(snapshot))
+            raise MemoryError(
+                f"out of memory on rank {rank} in a micro-batch of {batch.token_T.numel()} tokens; lower "
+                "optim.micro_batch_tokens, set optim.activation_checkpointing = true, or lower rollout.max_new_tokens; more "
+                f"ranks share the parameters ({str(error).splitlines()[0]}). What was held: {snapshot}, for "
+                "https://pytorch.org/memory_viz"
+            ) from error
+
     def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
         self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
         if not is_finite:
@@ -199,16 +218,3 @@ class Updater:
                 f"{_MAX_NONFINITE_STEPS} steps in a row had a non-finite loss or gradient; nothing was trained on them. "
                 "Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/"
             )
-
-
-@contextlib.contextmanager
-def _named_out_of_memory(batch: PackedBatch) -> Iterator[None]:
-    """Turns an accelerator's out-of-memory error into a MemoryError that says what to change."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"out of memory on rank {distributed.rank()} in a micro-batch of {batch.token_T.numel()} tokens; lower "
-            "optim.micro_batch_tokens, set optim.activation_checkpointing = true, or lower rollout.max_new_tokens; "
-            f"more ranks share the parameters ({str(error).splitlines()[0]})"
-        ) from error

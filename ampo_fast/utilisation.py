@@ -19,11 +19,18 @@ def step_flops(policy: Policy, num_tokens: int, num_targets: int) -> float:
     """
     head, embedding = policy.head.weight, policy.model.get_input_embeddings().weight
     per_token = sum(
-        (6 if parameter.requires_grad else 4) * parameter.numel()
-        for parameter in policy.parameters()
-        if parameter is not head and parameter is not embedding
+        _per_use(parameter) for parameter in policy.parameters() if parameter is not head and parameter is not embedding
     )
-    return per_token * num_tokens + (6 if head.requires_grad else 4) * head.numel() * num_targets
+    return per_token * num_tokens + head_flops(policy, num_targets)
+
+
+def head_flops(policy: Policy, num_targets: int) -> float:
+    """The head's part of step_flops."""
+    return _per_use(policy.head.weight) * num_targets
+
+
+def _per_use(weight: torch.nn.Parameter) -> int:
+    return (6 if weight.requires_grad else 4) * weight.numel()
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -32,9 +39,8 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def utilisation(policy: Policy, num_tokens: int, num_targets: int, seconds: float) -> dict[str, float]:
-    """perf/mfu of a step over all ranks, on listed CUDA devices; nothing elsewhere. The counts are of all ranks."""
-    if policy.device.type != "cuda":
-        return {}
-    peak = peak_flops(torch.cuda.get_device_name(policy.device))
+    """perf/head_share of a step's FLOPs and, on listed CUDA devices, perf/mfu. Counts and seconds are of all ranks."""
     flops = step_flops(policy, num_tokens, num_targets)
-    return {"perf/mfu": flops / (seconds * peak * distributed.world_size())} if peak else {}
+    found = {"perf/head_share": head_flops(policy, num_targets) / flops}
+    peak = peak_flops(torch.cuda.get_device_name(policy.device)) if policy.device.type == "cuda" else None
+    return found | ({"perf/mfu": flops / (seconds * peak * distributed.world_size())} if peak else {})

@@ -13,7 +13,7 @@ from ampo_fast.model import Policy
 from ampo_fast.packing import MicroBatch, balanced_shares, group_tokens, idle_batch, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.types import SelectedGroup
-from ampo_fast.update import Updater, _named_out_of_memory
+from ampo_fast.update import Updater
 
 
 def selected(i, lengths):
@@ -112,11 +112,19 @@ def test_the_preflight_runs_the_longest_batch_and_changes_nothing(tiny_model):
     assert not updater.optimizer.state
 
 
-def test_out_of_memory_says_what_to_change():
-    with pytest.raises(MemoryError, match=r"1 tokens.*micro_batch_tokens.*activation_checkpointing.*max_new_tokens"), (
-        _named_out_of_memory(idle_batch())
-    ):  # fmt: skip
+def test_out_of_memory_says_what_to_change_and_keeps_a_snapshot(tiny_policy, tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    written = []
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", written.append)  # there is nothing to write without a GPU
+    monkeypatch.setattr(tiny_policy, "forward", out_of_memory)
+    updater = Updater(config(run={"dir": str(tmp_path / "runs"), "name": "big"}), tiny_policy)
+    with pytest.raises(
+        MemoryError, match=r"micro_batch_tokens.*activation_checkpointing.*max_new_tokens.*big\.out_of_memory\.rank0"
+    ):
+        updater.preflight(7)
+    assert written == [str(tmp_path / "runs/big.out_of_memory.rank0.pickle")]
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny_model):

@@ -33,4 +33,6 @@ def test_peaks_go_by_the_devices_name_and_a_cpu_has_none(tiny_policy):
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA GeForce RTX 4090") is None
     assert tiny_policy.device == torch.device("cpu")
-    assert utilisation(tiny_policy, 10, 10, 1.0) == {}
+    head, step = 6 * tiny_policy.head.weight.numel() * 4, step_flops(tiny_policy, 10, 4)
+    assert utilisation(tiny_policy, 10, 4, 1.0) == {"perf/head_share": head / step}
+    assert 0 < head < step
