@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ampo_fast.dispatch import resolve_impl
-from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
+from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
 from ampo_fast.validation import check_head, check_logprobs, check_offsets, check_vector
@@ -53,8 +53,10 @@ def fused_linear_group_loss(
         loss_fn: ResponseStats -> LossOutput, additive over groups (ampo_fast.losses).
         normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
-            gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows, else recompute.
-        chunk_rows: rows whose logits exist at once; default about 64 MiB of logits on a CPU, 4096 rows on a GPU.
+            gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
+            no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute.
+        chunk_rows: rows whose logits exist at once, more only for a group that is longer; default about 64 MiB of logits on
+            a CPU, 4096 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
     Returns:
         (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
@@ -73,7 +75,8 @@ def fused_linear_group_loss(
     num_groups = groups.numel() - 1
     norm = max(num_groups, 1) if normalizer is None else normalizer
     rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)
-    mode = _resolve_mode(mode, weight_VD, bias_V, responses[groups].diff(), rows)
+    longest = chunk_rows or max(rows, whole_group_rows(weight_VD))
+    mode = _resolve_mode(mode, weight_VD, bias_V, responses[groups].diff(), longest)
     if mode != "grouped" or not torch.is_grad_enabled():
         return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options, impl)
     plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows, impl=impl)
@@ -95,7 +98,7 @@ def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B
     return ResponseStats(empty, length_M, reward_M, groups, ref_logp_M, None, positive_M, baseline_B, responses)
 
 
-def _resolve_mode(mode, weight_VD, bias_V, group_rows, chunk_rows: int) -> str:
+def _resolve_mode(mode, weight_VD, bias_V, group_rows, longest: int) -> str:
     is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if mode == "frozen" and is_trained:
         raise ValueError('mode = "frozen" drops the head\'s gradient, but weight_VD or bias_V requires one; use "auto"')
@@ -103,7 +106,7 @@ def _resolve_mode(mode, weight_VD, bias_V, group_rows, chunk_rows: int) -> str:
         return mode
     if not is_trained:
         return "frozen"
-    return "grouped" if group_rows.numel() == 0 or int(group_rows.max()) <= chunk_rows else "recompute"
+    return "grouped" if group_rows.numel() == 0 or int(group_rows.max()) <= longest else "recompute"
 
 
 def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options: HeadOptions, impl):

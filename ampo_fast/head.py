@@ -30,6 +30,17 @@ def default_chunk_rows(num_tokens: int, device: torch.device) -> int:
     return 4096 if device.type == "cuda" else max(64, 2**24 // num_tokens)
 
 
+_WHOLE_GROUP_BYTES = {"cuda": 4 * 2**30, "cpu": 2**30}
+"""Logits of one group that may exist at once: beside a step's activations they are little, and they save a fourth of the
+head's FLOPs. 8 responses of 2,048 tokens in bfloat16 at a vocabulary of 128k; of 682 tokens in float32 at 49k."""
+
+
+def whole_group_rows(weight_VD: torch.Tensor) -> int:
+    """The longest group, in rows, whose logits are held at once rather than computed twice."""
+    limit = _WHOLE_GROUP_BYTES["cuda" if weight_VD.is_cuda else "cpu"]
+    return limit // (weight_VD.shape[0] * weight_VD.element_size())
+
+
 class HeadChunk(Protocol):
     """The logits of some rows; log-probs first, then the gradient of the logits in the same buffer."""
 

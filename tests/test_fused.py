@@ -3,8 +3,9 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from ampo_fast import fused_linear_group_loss, linear_logprob, losses
+from ampo_fast import fused, fused_linear_group_loss, head, linear_logprob, logprobs, losses
 from ampo_fast.losses import AMPO, NLL, GroupContrastive, ResponseStats, Sum
 
 D, V = 8, 97
@@ -56,6 +57,21 @@ def test_loss_and_every_gradient_equal_the_naive_ones(mode, chunk_rows, temperat
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     assert not stats.logp_M.requires_grad
     assert stats.length_M.tolist() == RESPONSES.diff().tolist()
+
+
+@pytest.mark.parametrize(("longest", "products"), [(20, 6), (19, 8)])
+def test_a_long_groups_logits_are_computed_once_where_they_may_be_held(longest, products, monkeypatch):
+    monkeypatch.setattr(fused, "default_chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(logprobs, "default_chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(head, "_WHOLE_GROUP_BYTES", {"cpu": longest * V * 8})
+    hidden, weight, _, target, reward = inputs()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = fused_linear_group_loss(
+            hidden, weight, target, torch.tensor([0, 9, 20, 30, 40]), torch.tensor([0, 2, 4]), reward[:4], AMPO()
+        )
+        loss.backward()
+    uncounted = 2  # addmm_ into the weight's gradient, for which the counter has no formula
+    assert counter.get_total_flops() == (products - uncounted) * 40 * D * V
 
 
 EVERY_LOSS = [
