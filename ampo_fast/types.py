@@ -129,6 +129,8 @@ class PackedBatch:
     """[R] float32: the engine's log-probs, where all responses have them."""
     ref_logp_M: torch.Tensor | None = None
     """[M] float32: the reference policy's summed log-probs, where the loss needs them."""
+    ref_logp_R: torch.Tensor | None = None
+    """[R] float32: the same token by token, where the loss weights tokens."""
 
     @property
     def num_groups(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -66,7 +65,9 @@ class Updater:
         self.policy = policy
         self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
-        self.reference = ReferenceLogps(config, policy, prompts) if self.loss_fn.uses_reference else None
+        self.reference = None
+        if self.loss_fn.uses_reference:
+            self.reference = ReferenceLogps(config, policy, prompts, by_token=self.loss_fn.needs_reference_rows)
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
 
@@ -178,7 +179,8 @@ class Updater:
         with _named_out_of_memory(batch):
             out = self.policy.token_logp(batch, self.eos_id)
             logp_R, eos_logp_R = out if self.eos_id is not None else (out, None)
-            return PartLogp(logp_R, eos_logp_R, self._with_reference(batch, micro).ref_logp_M)
+            batch = self._with_reference(batch, micro)
+            return PartLogp(logp_R, eos_logp_R, batch.ref_logp_M, batch.ref_logp_R)
 
     def _no_gradient(self, batch: PackedBatch) -> GivenGradient:
         """For a rank that keeps the others company in a forward: exactly zero, whatever the loss is."""
@@ -186,9 +188,7 @@ class Updater:
         return GivenGradient(zero_R, None if self.eos_id is None else zero_R)
 
     def _with_reference(self, batch: PackedBatch, micro: MicroBatch) -> PackedBatch:
-        if self.reference is None:
-            return batch
-        return dataclasses.replace(batch, ref_logp_M=self.reference.of(batch, micro))
+        return batch if self.reference is None else self.reference.of(batch, micro)
 
     def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
         self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
