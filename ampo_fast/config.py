@@ -118,12 +118,15 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: str = Field(
+    kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "relevance",
-        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats.",
+        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats; "
+        "or a list of these: each is normalised, then they are averaged.",
     )
-    normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
-        "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
+    normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid", "win_rate"] = Field(
+        "auto",
+        description="Applied once per group. auto: win_rate (against the other candidates) for CaPO and for several rewards, "
+        "minmax for group-contrastive losses, none for the others.",
     )
     max_missing_share: Share = Field(
         0.2, description="More NaN or missing rewards than this share stops the run.", json_schema_extra=ADVANCED
@@ -133,6 +136,10 @@ class RewardConfig(Section):
         description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Of an http:// scorer: engine_config.HttpConfig.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
 
 
 class EmbedConfig(Section):
@@ -148,6 +155,11 @@ class SelectConfig(Section):
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
+    pareto: bool = Field(
+        False,
+        description="The positive from the front that no candidate beats by every reward, negatives that it beats (CaPO).",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class LossConfig(Section):
@@ -242,9 +254,13 @@ class Config(Section):
             raise ValueError(
                 f'data.active_pairs = {self.data.active_pairs} chooses among given pairs: it needs rollout.engine = "data"'
             )
-        if (self.reward.kind == "data") != (self.rollout.engine == "data"):
+        if ("data" in self.reward.kinds) != (self.rollout.engine == "data"):
             raise ValueError(
                 'reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards'
+            )
+        if self.select.pareto and len(self.reward.kinds) < 2:
+            raise ValueError(
+                f"select.pareto = true compares several rewards, reward.kind = {self.reward.kind!r} is one; give a list"
             )
         if self.max_staleness and self.rollout.engine != "vllm-server":
             raise ValueError(

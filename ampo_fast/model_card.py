@@ -121,7 +121,7 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
         if given
         else "its own answers to each prompt were scored",
         candidates="given with the data" if given else sampled,
-        scorer=config.eval.reward or config.reward.kind,
+        scorer=config.eval.reward or ", ".join(config.reward.kinds),
         seen=f"{num_prompts} prompts of `{config.data.train}` (repeats counted), with answers "
         + ("given with the data" if given else f"of at most {config.rollout.max_new_tokens} tokens"),
         stopped=summary.get("stopped"),

@@ -279,7 +279,7 @@ class Trainer:
         config = self.config
         if config.data.eval is None or not config.eval.prompts:
             return []
-        if config.reward.kind == "data" and not config.eval.reward:
+        if "data" in config.reward.kinds and not config.eval.reward:
             raise ValueError('data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is "data")')
         return self._prompts(config.data.eval, "data.eval")[: config.eval.prompts]
 

@@ -74,6 +74,8 @@ class ScoredGroup:
     """[N] False: empty, a duplicate of an earlier candidate, or without a reward. Never selected, counted nowhere."""
     embedding: torch.Tensor
     """[N, E] float32, L2-normalised."""
+    reward_by_scorer: tuple[tuple[float, ...], ...] = ()
+    """[S, N] raw rewards in the order of reward.kind, where that names several; reward_raw is then their mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from ampo_fast.packing import (
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reference_logps import ReferenceLogps
 from ampo_fast.reward_data import fitted_params
+from ampo_fast.rewards import normalizer_for
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (
     TrainedGroup,
@@ -48,8 +49,10 @@ def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
         raise ValueError(
             f"loss.name = {config.loss.name!r}; known: {', '.join(name for name in known if name != 'Sum')}"
         )
+    # CaPO's win rates are those against all candidates, which the loss never sees.
+    implied = {"calibrated": True} if config.loss.name == "CaPO" and normalizer_for(config) == "win_rate" else {}
     try:
-        loss = classes[config.loss.name](**fitted_params(config.loss, config.reward.normalize, prompts))
+        loss = classes[config.loss.name](**implied | fitted_params(config.loss, config.reward.normalize, prompts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:

@@ -196,6 +196,12 @@ def test_bmc_weights_each_token_by_its_detached_inverse_probability():
     assert logp_R.grad[0] / logp_R.grad[1] == pytest.approx(weights[0] / weights[1])
 
 
+def test_capo_takes_given_win_rates_as_they_are():
+    rho = [LOGP[i] - REF[i] for i in range(2)]
+    expected = (REWARD[0] - REWARD[1] - 0.1 * (rho[0] - rho[1])) ** 2
+    assert CaPO(beta=0.1, calibrated=True)(stats([0, 1])).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_changed_tokens_are_those_that_no_matching_block_holds():
     rejected, chosen = [1, 2, 3, 4, 9], [1, 7, 8, 3, 9]
     assert changed_tokens(rejected, chosen) == ([False, True, False, True, False], [False, True, True, False, False])

@@ -61,13 +61,17 @@ def calibrated_reward(reward_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.T
 class CaPO(PairwiseLoss):
     """(R_ca(y_w) - R_ca(y_l) - beta z)^2, R_ca the win rate against the group's other responses (arXiv 2502.02588).
 
-    Equal rewards: a target of 0. The paper's diffusion time weight has no counterpart here.
+    calibrated: the rewards are win rates already, say against candidates that are not trained on, averaged over several
+    rewards. Equal rewards: a target of 0. The paper's diffusion time weight has no counterpart here.
     """
+
+    calibrated: bool = False
 
     soft_labels: ClassVar[bool] = True
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
-        target_BGG = gap(calibrated_reward(view.reward_BG, view.groups.mask_BG))
+        given_BG = view.reward_BG if self.calibrated else calibrated_reward(view.reward_BG, view.groups.mask_BG)
+        target_BGG = gap(given_BG)
         return (target_BGG - self.beta * gap(view.log_ratio_BG)).square()
 
 
