@@ -115,6 +115,16 @@ class RolloutConfig(Section):
     truncated: Literal["negative", "exclude", "keep"] = Field(
         "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
     )
+    segment_tokens: Count = Field(
+        0,
+        description="So many tokens of each given answer are written anew: the worse answer of a pair (SAPO); 0: off.",
+        json_schema_extra=ADVANCED,
+    )
+    replay: Count = Field(
+        0,
+        description="So many of the newest groups are kept, and a round's are drawn from them, the seldom drawn first; 0: off.",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class RewardConfig(Section):
@@ -253,6 +263,11 @@ class Config(Section):
         if self.data.active_pairs and self.rollout.engine != "data":
             raise ValueError(
                 f'data.active_pairs = {self.data.active_pairs} chooses among given pairs: it needs rollout.engine = "data"'
+            )
+        if self.rollout.segment_tokens and self.reward.kind != "data":
+            raise ValueError(
+                f"rollout.segment_tokens = {self.rollout.segment_tokens} sets given answers above what is written anew: it "
+                f'needs rollout.engine = "data" and reward.kind = "data", which is {self.reward.kind!r}'
             )
         if ("data" in self.reward.kinds) != (self.rollout.engine == "data"):
             raise ValueError(

@@ -44,7 +44,8 @@ class ReferenceLogps:
         self.moves = config.reference.every > 0
         if self.moves and (distributed.world_size() > 1 or policy.lora):
             raise ValueError("reference.every > 0 runs in one process and without model.lora; set reference.every = 0")
-        self.is_kept = config.rollout.engine == "data" and not self.moves
+        is_given = config.rollout.engine == "data" and not config.rollout.segment_tokens
+        self.is_kept = is_given and not self.moves
         # An adapter's reference is its own base: no second copy.
         self.is_base = bool(policy.lora)
         self.model = policy if self.is_base else Policy.load(config.model)

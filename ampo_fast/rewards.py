@@ -21,6 +21,7 @@ from ampo_fast.http_reward import HttpScorer
 from ampo_fast.losses.margins import calibrated_reward
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_model import RewardModel
+from ampo_fast.segments import GIVEN, REWRITTEN
 from ampo_fast.types import CandidateGroup, GivenResponse, Prompt, ScoredGroup
 
 Number = float | None
@@ -52,6 +53,8 @@ def _side_by_side(scorers: Sequence[RewardFn]) -> RewardFn:
 
 
 def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardFn:
+    if config.rollout.segment_tokens and kind == "data":
+        return lambda groups: [[GIVEN, REWRITTEN] for _ in groups]
     if kind == "data":
         return lambda groups: [[response.reward for response in group.prompt.responses] for group in groups]
     if kind == "relevance":

@@ -27,6 +27,7 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts import generation_batches
 from ampo_fast.sampler import admit_prompts
+from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
     Row,
@@ -60,6 +61,7 @@ _SETTINGS = {
         "rollout.top_k",
         "rollout.max_new_tokens",
         "rollout.batch_rows",
+        "rollout.segment_tokens",
     ),
     "score": ("reward.kind", "reward.normalize", "rollout.truncated"),
     "embed": ("embed.model",),
@@ -92,7 +94,7 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
         seed=config.run.seed,
     )
     batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
-    engine = make_engine(config, policy)
+    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
 
     def answer(batch: Sequence[Prompt]) -> list[Row]:
         return [row_from_group(group) for group in engine.generate(batch, rollout.n, sampling)]
