@@ -26,7 +26,8 @@ def cut_segment(length: int, tokens: int, seed: int) -> tuple[int, int]:
     tokens then stay the answer's own.
     """
     size = min(tokens, length)
-    return (begin := seed % (max(0, length - 3 - size) + 1)), begin + size
+    begin = seed % (max(0, length - 3 - size) + 1)
+    return begin, begin + size
 
 
 class SegmentEngine:

@@ -340,6 +340,8 @@ class Trainer:
             print_completions(before, after, file=sys.stderr)
         if stopped:
             summary["stopped"] = stopped
+        if self.updater.fitted_gamma is not None:
+            summary["gamma"] = self.updater.fitted_gamma
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary

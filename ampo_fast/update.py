@@ -74,6 +74,14 @@ class Updater:
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
 
+    @property
+    def fitted_gamma(self) -> float | None:
+        """MMPO's gamma, where loss.params asks for a fit instead of giving it."""
+        if not isinstance(self.config.loss.params.get("gamma"), dict):
+            return None
+        loss = self.loss_fn.terms[0][1] if isinstance(self.loss_fn, losses.Sum) else self.loss_fn
+        return loss.gamma
+
     def step(
         self, selected: Sequence[SelectedGroup], step: int, progress: TrainingProgress, is_comparable: bool
     ) -> dict[str, float]:

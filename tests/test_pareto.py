@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
-from builders import config, scored
+from builders import config, group, scored
 from runs import comparable, write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.pareto import dominance, draw_sides
 from ampo_fast.select import select_groups
+from ampo_fast.stage_files import read_rows, row_from_group
+from ampo_fast.stages import embed, score, select
 from ampo_fast.trainer import train
 from ampo_fast.update import make_loss
 
@@ -65,6 +67,26 @@ def test_capos_target_is_the_normalised_reward_where_that_is_a_win_rate():
     assert make_loss(config(loss={"name": "CaPO"}, **TWO)).calibrated
     assert not make_loss(config(loss={"name": "CaPO"}, reward={"normalize": "none"})).calibrated
     assert not make_loss(config(loss={"name": "CaPO", "params": {"calibrated": False}})).calibrated
+
+
+def test_the_stages_alone_score_by_several_rewards_and_select_from_the_fronts(tiny_model, tmp_path):
+    texts = ["aaaa", "aab", "zzzz", "zzzzzz", "e"]
+    row = row_from_group(group(texts))
+    (tmp_path / "1.jsonl").write_text(json.dumps(row) + "\n")
+    settings = config(
+        model={"path": str(tiny_model)}, embed={"model": "policy"}, select={"pareto": True, "k": 2}, **TWO
+    )
+    first, second, third, fourth = (tmp_path / f"{i}.jsonl" for i in range(1, 5))
+    score(settings, first, second)
+    embed(settings, second, third)
+    select(settings, third, fourth)
+    (row,) = read_rows(fourth)
+    assert row["responses"][1]["reward_by_scorer"] == pytest.approx([2 / 4, 1 / 4])
+    assert row["responses"][1]["reward_raw"] == pytest.approx(3 / 8)
+    # Vowels and brevity: aaaa (.8, .2) and e (.5, .5) are beaten by nobody; zzzzzz is beaten by all, and beats nobody.
+    found = {response["content"]: response["selected"] for response in row["responses"]}
+    assert [found["aaaa"], found["e"]].count("positive") == 1
+    assert found["zzzzzz"] == "negative"
 
 
 def test_a_run_on_two_rewards_keeps_both_and_goes_on_as_if_never_stopped(tiny_model, tmp_path):
