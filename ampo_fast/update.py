@@ -156,8 +156,10 @@ class Updater:
         for i, micro in enumerate(own):
             with progress.phase("pack"):
                 batch = pack_micro_batch(micro, device)
-                if any(plan[i].is_whole for plan in plans):  # a forward of the reference too is one of all ranks
-                    batch = self._with_reference(batch, micro)
+            # A forward of the reference too is one of all ranks.
+            if self.reference is not None and any(plan[i].is_whole for plan in plans):
+                with progress.phase("reference"):
+                    batch = self.reference.of(batch, micro)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
             with progress.phase("forward_backward"), _named_out_of_memory(batch):
                 if micro.is_whole:
