@@ -118,15 +118,28 @@ class RolloutConfig(Section):
     truncated: Literal["negative", "exclude", "keep"] = Field(
         "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
     )
+    segment_tokens: Count = Field(
+        0,
+        description="So many tokens of each given answer are written anew: the worse answer of a pair (SAPO); 0: off.",
+        json_schema_extra=ADVANCED,
+    )
+    replay: Count = Field(
+        0,
+        description="So many of the newest groups are kept, and a round's are drawn from them, the seldom drawn first; 0: off.",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class RewardConfig(Section):
-    kind: str = Field(
+    kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "relevance",
-        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats.",
+        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats; "
+        "or a list of these: each is normalised, then they are averaged.",
     )
-    normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid"] = Field(
-        "auto", description="Applied once per group. auto: minmax for group-contrastive losses, none for the others."
+    normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid", "win_rate"] = Field(
+        "auto",
+        description="Applied once per group. auto: win_rate (against the other candidates) for CaPO and for several rewards, "
+        "minmax for group-contrastive losses, none for the others.",
     )
     max_missing_share: Share = Field(
         0.2, description="More NaN or missing rewards than this share stops the run.", json_schema_extra=ADVANCED
@@ -136,6 +149,10 @@ class RewardConfig(Section):
         description="Raw rewards spread no wider than this make a group degenerate; default 1e-6 + 1e-3 x median spread.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Of an http:// scorer: engine_config.HttpConfig.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
 
 
 class EmbedConfig(Section):
@@ -151,6 +168,11 @@ class SelectConfig(Section):
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
+    pareto: bool = Field(
+        False,
+        description="The positive from the front that no candidate beats by every reward, negatives that it beats (CaPO).",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class LossConfig(Section):
@@ -247,9 +269,18 @@ class Config(Section):
             raise ValueError(
                 f'data.active_pairs = {self.data.active_pairs} chooses among given pairs: it needs rollout.engine = "data"'
             )
-        if (self.reward.kind == "data") != (self.rollout.engine == "data"):
+        if self.rollout.segment_tokens and self.reward.kind != "data":
+            raise ValueError(
+                f"rollout.segment_tokens = {self.rollout.segment_tokens} sets given answers above what is written anew: it "
+                f'needs rollout.engine = "data" and reward.kind = "data", which is {self.reward.kind!r}'
+            )
+        if ("data" in self.reward.kinds) != (self.rollout.engine == "data"):
             raise ValueError(
                 'reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards'
+            )
+        if self.select.pareto and len(self.reward.kinds) < 2:
+            raise ValueError(
+                f"select.pareto = true compares several rewards, reward.kind = {self.reward.kind!r} is one; give a list"
             )
         if self.max_staleness and self.rollout.engine != "vllm-server":
             raise ValueError(

@@ -36,6 +36,7 @@ def fused_linear_group_loss(
     ref_logp_M: torch.Tensor | None = None,
     positive_M: torch.Tensor | None = None,
     baseline_B: torch.Tensor | None = None,
+    ref_logp_R: torch.Tensor | None = None,
     bias_V: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -51,6 +52,7 @@ def fused_linear_group_loss(
         hidden_RD: the hidden state that predicts each response token; the prompt's last one once per response.
         response_offsets: int64 [M + 1] into the rows; group_offsets: int64 [B + 1] into the responses.
         loss_fn: ResponseStats -> LossOutput, additive over groups (ampo_fast.losses).
+        ref_logp_R: the reference's log-prob of each row's token, for losses that weight tokens (BMC).
         normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
             gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
@@ -69,7 +71,7 @@ def fused_linear_group_loss(
     check_head(hidden_RD, weight_VD, target_R, bias_V, eos_id)
     responses = check_offsets("response_offsets", response_offsets, hidden_RD.shape[0], allow_empty=False)
     groups = check_offsets("group_offsets", group_offsets, responses.numel() - 1)
-    stats = _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, hidden_RD.device)
+    stats = _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, hidden_RD.device)
     options = HeadOptions(temperature, softcap, eos_id)
     impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
     num_groups = groups.numel() - 1
@@ -85,7 +87,7 @@ def fused_linear_group_loss(
     return loss, plan.out_stats()
 
 
-def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, device) -> ResponseStats:
+def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, device) -> ResponseStats:
     num_responses, num_groups = responses.numel() - 1, groups.numel() - 1
     check_vector("reward_M", reward_M, num_responses, device)
     for name, vector in (("ref_logp_M", ref_logp_M), ("positive_M", positive_M)):
@@ -93,9 +95,19 @@ def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B
             check_vector(name, vector, num_responses, device)
     if baseline_B is not None:
         check_vector("baseline_B", baseline_B, num_groups, device)
-    length_M = responses.diff().to(device)
-    empty = torch.empty(0, device=device)
-    return ResponseStats(empty, length_M, reward_M, groups, ref_logp_M, None, positive_M, baseline_B, responses)
+    if ref_logp_R is not None:
+        check_vector("ref_logp_R", ref_logp_R, int(responses[-1]), device)
+    return ResponseStats(
+        logp_M=torch.empty(0, device=device),
+        length_M=responses.diff().to(device),
+        reward_M=reward_M,
+        group_offsets=groups,
+        ref_logp_M=ref_logp_M,
+        positive_M=positive_M,
+        baseline_B=baseline_B,
+        response_offsets=responses,
+        ref_logp_R=ref_logp_R,
+    )
 
 
 def _resolve_mode(mode, weight_VD, bias_V, group_rows, longest: int) -> str:
@@ -122,14 +134,22 @@ def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm,
 
 
 def with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> ResponseStats:
-    """Fills in the sums per response. eos_logp_M is the EOS log-prob at the response's last row, NaN where it ends otherwise."""
+    """Fills in the rows and their sums per response.
+
+    eos_logp_M is the EOS log-prob at the response's last row, NaN where it ends otherwise.
+    """
     offsets = stats.response_offsets
     eos_logp_M = None
     if eos_logp_R is not None:
         last_M = offsets[1:].to(logp_R.device) - 1
         eos_logp_M = eos_logp_R[last_M].masked_fill(target_R[last_M] != eos_id, torch.nan)
     return dataclasses.replace(
-        stats, logp_M=segment_sum(logp_R, offsets), eos_logp_M=eos_logp_M, logp_R=logp_R, eos_logp_R=eos_logp_R
+        stats,
+        logp_M=segment_sum(logp_R, offsets),
+        eos_logp_M=eos_logp_M,
+        logp_R=logp_R,
+        eos_logp_R=eos_logp_R,
+        target_R=target_R,
     )
 
 
@@ -181,15 +201,15 @@ class _Plan:
             return None if vector is None else vector[a:b]
 
         part = ResponseStats(
-            stats.logp_M,
-            stats.length_M[m0:m1],
-            stats.reward_M[m0:m1],
-            stats.group_offsets[first : last + 1] - m0,
-            cut(stats.ref_logp_M, m0, m1),
-            None,
-            cut(stats.positive_M, m0, m1),
-            cut(stats.baseline_B, first, last),
-            stats.response_offsets[m0 : m1 + 1] - r0,
+            logp_M=stats.logp_M,
+            length_M=stats.length_M[m0:m1],
+            reward_M=stats.reward_M[m0:m1],
+            group_offsets=stats.group_offsets[first : last + 1] - m0,
+            ref_logp_M=cut(stats.ref_logp_M, m0, m1),
+            positive_M=cut(stats.positive_M, m0, m1),
+            baseline_B=cut(stats.baseline_B, first, last),
+            response_offsets=stats.response_offsets[m0 : m1 + 1] - r0,
+            ref_logp_R=cut(stats.ref_logp_R, r0, r1),
         )
         return slice(r0, r1), part
 

@@ -206,6 +206,7 @@ class Policy(nn.Module):
                 ref_logp_M=batch.ref_logp_M,
                 positive_M=batch.positive_M,
                 baseline_B=batch.baseline_B,
+                ref_logp_R=batch.ref_logp_R,
                 bias_V=self.head.bias,
                 softcap=self.softcap,
                 eos_id=eos_id,

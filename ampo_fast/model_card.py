@@ -102,11 +102,10 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
     read from the run's metrics.jsonl up to that step.
     """
     loss, given = config.loss, config.rollout.engine == "data"
-    params = ", ".join(f"{key} = {value}" for key, value in loss.params.items())
+    # A gamma that was fitted stands in the summary; the config has only how.
+    fitted = {key: summary[key] for key in ("gamma",) if key in summary}
+    params = ", ".join(f"{key} = {value}" for key, value in (loss.params | fitted).items())
     num_prompts = summary["steps"] * config.optim.prompts_per_step
-    sampled = (
-        f"{config.rollout.n} per prompt, sampled from the policy itself at temperature {config.rollout.temperature}"
-    )
     card = render(
         "model_card.md.j2",
         config=config,
@@ -120,8 +119,8 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
         source="the responses given for each prompt were scored"
         if given
         else "its own answers to each prompt were scored",
-        candidates="given with the data" if given else sampled,
-        scorer=config.eval.reward or config.reward.kind,
+        candidates=_candidates(config),
+        scorer=config.eval.reward or ", ".join(config.reward.kinds),
         seen=f"{num_prompts} prompts of `{config.data.train}` (repeats counted), with answers "
         + ("given with the data" if given else f"of at most {config.rollout.max_new_tokens} tokens"),
         stopped=summary.get("stopped"),
@@ -131,6 +130,18 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
     path = Path(model_dir) / "README.md"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def _candidates(config: Config) -> str:
+    rollout = config.rollout
+    if rollout.engine != "data":
+        return f"{rollout.n} per prompt, sampled from the policy itself at temperature {rollout.temperature}"
+    if rollout.segment_tokens:
+        return (
+            f"given with the data, and the same with at most {rollout.segment_tokens} tokens written anew at temperature "
+            f"{rollout.temperature}"
+        )
+    return "given with the data"
 
 
 _RESULT = ("reward_before", "reward_after", "reward_se", "win_rate", "num_prompts")

@@ -18,6 +18,7 @@ from ampo_fast.model import Policy
 from ampo_fast.packing import pack, packed_length
 from ampo_fast.rewards import make_reward, score_groups
 from ampo_fast.sampler import admit_prompts
+from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, SelectedGroup
 
@@ -33,7 +34,9 @@ def dry_run(config: Config) -> None:
     kept = admit_prompts(prompts, policy, config, "data.train")
     _print_lengths(prompts, policy, config, console)
     started = time.perf_counter()
-    groups = make_engine(config, policy).generate(kept[:_NUM_GROUPS], config.rollout.n, _sampling(config))
+    rollout = config.rollout
+    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
+    groups = engine.generate(kept[:_NUM_GROUPS], rollout.n, _sampling(config))
     generate_s = time.perf_counter() - started
     embedder = make_embedder(config, policy)
     scored = score_groups(groups, make_reward(config, embedder), embedder, config)

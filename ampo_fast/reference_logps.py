@@ -1,15 +1,16 @@
 """The reference's log-probs of responses; of given ones each is computed once in a run, kept on disk, checked.
 
-A frozen reference: RUN/reference/HASH.jsonl holds a line {id, index, logp} per response. HASH is of the reference's
-weights and compute type, its tokenizer and template, and the data with the length at which responses are cut. One that
-follows the policy (reference.every) is computed anew at every step; its weights are in RUN/reference/step_N.safetensors.
+A frozen reference: RUN/reference/HASH.jsonl holds a line {id, index, logp} per response: the sum over its tokens, or, for
+a loss that weights them, a list. HASH is of the reference's weights and compute type, its tokenizer and template, and the
+data with the length at which responses are cut. One that follows the policy (reference.every) is computed anew at every
+step; its weights are in RUN/reference/step_N.safetensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,17 +28,24 @@ from ampo_fast.types import CandidateGroup, PackedBatch, Prompt, SelectedGroup
 
 _Key = tuple[str, int]
 """(prompt id, index of the response)."""
+_Logp = float | list[float]
+"""Summed over the response's tokens, or one each."""
 
 
 class ReferenceLogps:
-    """log pi_ref(y | x), summed over tokens, for every response that is trained on. Every rank makes the same calls."""
+    """log pi_ref(y | x), summed over tokens, for every response that is trained on. Every rank makes the same calls.
 
-    def __init__(self, config: Config, policy: Policy, prompts: Sequence[Prompt]) -> None:
+    by_token: token by token as well, for a loss that weights tokens.
+    """
+
+    def __init__(self, config: Config, policy: Policy, prompts: Sequence[Prompt], by_token: bool = False) -> None:
         self.config = config
+        self.by_token = by_token
         self.moves = config.reference.every > 0
         if self.moves and (distributed.world_size() > 1 or policy.lora):
             raise ValueError("reference.every > 0 runs in one process and without model.lora; set reference.every = 0")
-        self.is_kept = config.rollout.engine == "data" and not self.moves
+        is_given = config.rollout.engine == "data" and not config.rollout.segment_tokens
+        self.is_kept = is_given and not self.moves
         # An adapter's reference is its own base: no second copy.
         self.is_base = bool(policy.lora)
         self.model = policy if self.is_base else Policy.load(config.model)
@@ -49,7 +57,7 @@ class ReferenceLogps:
             self.model.shard()
         self.folder: Path | None = None
         self.path: Path | None = None
-        self._kept: dict[_Key, float] = {}
+        self._kept: dict[_Key, _Logp] = {}
 
     def keep_in(self, run_dir: Path) -> None:
         """Takes over what the run's file holds and adds to it from now on; only for given responses.
@@ -76,14 +84,20 @@ class ReferenceLogps:
         if found and self.path is not None and distributed.is_main():
             _append(self.path, found)
 
-    def of(self, batch: PackedBatch, micro: MicroBatch) -> torch.Tensor:
-        """[M] float32 of the batch that was packed from `micro`; zeros where it has no groups and the data is given."""
+    def of(self, batch: PackedBatch, micro: MicroBatch) -> PackedBatch:
+        """The batch that was packed from `micro`, with the reference's log-probs; zeros for the data's idle batch."""
         if not self.is_kept:
-            return self._sums(batch)
+            logp_R = self._tokens(batch)
+            sum_M = _sums(batch, logp_R)
+            return dataclasses.replace(batch, ref_logp_M=sum_M, ref_logp_R=logp_R if self.by_token else None)
         if not micro.groups:
-            return torch.zeros_like(batch.reward_M)
-        values = [self._kept[_id(group), i] for group in micro.groups for i in micro.part or kept_candidates(group)]
-        return torch.tensor(values, device=batch.token_T.device)
+            zero_R = torch.zeros(batch.target_R.shape, device=batch.token_T.device)
+            return dataclasses.replace(batch, ref_logp_M=torch.zeros_like(batch.reward_M), ref_logp_R=zero_R)
+        kept = [self._kept[_id(group), i] for group in micro.groups for i in micro.part or kept_candidates(group)]
+        if not self.by_token:
+            return dataclasses.replace(batch, ref_logp_M=torch.tensor(kept, device=batch.token_T.device))
+        logp_R = torch.tensor([logp for values in kept for logp in values], device=batch.token_T.device)
+        return dataclasses.replace(batch, ref_logp_M=_sums(batch, logp_R), ref_logp_R=logp_R)
 
     # --- a reference that moves ---------------------------------------------------------------------------------------
 
@@ -126,21 +140,30 @@ class ReferenceLogps:
     def _weights(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.safetensors"
 
-    def _score(self, chunk: Sequence[tuple[CandidateGroup, list[int]]]) -> dict[_Key, float]:
+    def _score(self, chunk: Sequence[tuple[CandidateGroup, list[int]]]) -> dict[_Key, _Logp]:
         if not chunk:
-            self._sums(idle_batch(self.model.device))
+            self._tokens(idle_batch(self.model.device))
             return {}
         groups, indices = zip(*chunk, strict=True)
-        sums = self._sums(pack_responses(groups, indices, self.model.device)).tolist()
+        batch = pack_responses(groups, indices, self.model.device)
+        logp_R = self._tokens(batch)
+        found = [part.tolist() for part in _parts(batch, logp_R)] if self.by_token else _sums(batch, logp_R).tolist()
         keys = [(group.prompt.id, i) for group, kept in chunk for i in kept]
-        return dict(zip(keys, sums, strict=True))
+        return dict(zip(keys, found, strict=True))
 
-    def _sums(self, batch: PackedBatch) -> torch.Tensor:
+    def _tokens(self, batch: PackedBatch) -> torch.Tensor:
         with self.model.adapter_off() if self.is_base else contextlib.nullcontext():
             logp_R = self.model.token_logp(batch)
         distributed.reshard(self.model)
-        ends = batch.response_offsets.tolist()
-        return torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
+        return logp_R
+
+
+def _parts(batch: PackedBatch, logp_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return logp_R.split(batch.response_offsets.diff().tolist())
+
+
+def _sums(batch: PackedBatch, logp_R: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part.sum() for part in _parts(batch, logp_R)])
 
 
 def reference_hash(reference: Policy, prompts: Iterable[Prompt], max_new_tokens: int) -> str:
@@ -179,7 +202,7 @@ def _chunks(
     return chunks
 
 
-def _read(path: Path) -> dict[_Key, float]:
+def _read(path: Path) -> dict[_Key, _Logp]:
     path.parent.mkdir(exist_ok=True)
     others = [other.name for other in path.parent.glob("*.jsonl") if other != path]
     if others:
@@ -196,6 +219,6 @@ def _read(path: Path) -> dict[_Key, float]:
     return {(row["id"], row["index"]): row["logp"] for row in rows}
 
 
-def _append(path: Path, found: dict[_Key, float]) -> None:
+def _append(path: Path, found: dict[_Key, _Logp]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(dump_line({"id": id_, "index": i, "logp": logp}) for (id_, i), logp in found.items())

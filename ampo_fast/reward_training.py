@@ -19,6 +19,7 @@ import torch
 from ampo_fast import losses
 from ampo_fast.frozen_blocks import FrozenBlocks
 from ampo_fast.losses import ResponseStats, reward_model
+from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
 from ampo_fast.metrics import MetricsLog
 from ampo_fast.model_card import versions
@@ -172,10 +173,9 @@ class RewardTrainer:
         if with_length and self.length_weight:
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
-        similarity = (
-            divergent_similarity(items).to(score_M.device) if isinstance(self.loss_fn, reward_model.PCRM) else None
-        )
-        more = {} if similarity is None else {"similarity": similarity}
+        more = {}
+        if isinstance(self.loss_fn, reward_model.PCRM):
+            more["similarity"] = divergent_similarity([item.encoded.ids for item in items]).to(score_M.device)
         return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
 
     def _guard(self, is_finite: bool, step: int) -> None:
@@ -292,23 +292,6 @@ def fit_length_weight(items: Sequence[Item]) -> float:
         raise ValueError(
             f"loss.length_control: the length decides every pair, nothing else is left to learn: {error}"
         ) from None
-
-
-def divergent_similarity(items: Sequence[Item]) -> torch.Tensor:
-    """[B, G, G] PCRM's similarity of two responses: shorter over longer of what follows their common beginning, in tokens.
-
-    arXiv 2404.00978; the ids end in the same closing tokens, so that neither part is empty. Padding and diagonal: 1.
-    """
-    widest = max(len(item.encoded.ids) for item in items)
-    similarity = torch.ones(len(items), widest, widest)
-    for b, item in enumerate(items):
-        for i, j in itertools.combinations(range(len(item.encoded.ids)), 2):
-            first, second = item.encoded.ids[i], item.encoded.ids[j]
-            same = next((t for t, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), None)
-            if same is not None:
-                parts = (len(first) - same, len(second) - same)
-                similarity[b, i, j] = similarity[b, j, i] = min(parts) / max(parts)
-    return similarity
 
 
 def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:

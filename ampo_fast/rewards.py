@@ -1,6 +1,6 @@
 """Rewards: groups of candidates in, one raw scalar each out, and the one place where they are normalised.
 
-N candidates of a group.
+N candidates of a group, S scorers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,43 @@ from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder, SentenceEncoder
 from ampo_fast.engine_config import HttpConfig, read_options
 from ampo_fast.http_reward import HttpScorer
+from ampo_fast.losses.margins import calibrated_reward
 from ampo_fast.reward_config import RewardModelConfig
 from ampo_fast.reward_model import RewardModel
+from ampo_fast.segments import GIVEN, REWRITTEN
 from ampo_fast.types import CandidateGroup, GivenResponse, Prompt, ScoredGroup
 
-Reward = float | None
+Number = float | None
+Reward = Number | tuple[Number, ...]
+"""A candidate's raw reward, or one per scorer where there are several."""
 RewardFn = Callable[[Sequence[CandidateGroup]], list[list[Reward]]]
 """Groups -> for each group one raw reward per candidate; None or NaN where there is none."""
 
-TextReward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[Reward]]
+TextReward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[Number]]
 """What a user's module:function looks like: one prompt for each response."""
 
 
 def make_reward(config: Config, encoder: Embedder | None = None, kind: str | None = None) -> RewardFn:
-    """The scorer that `kind` (default reward.kind) names. An encoder that is already loaded is used again by `relevance`."""
-    kind = kind or config.reward.kind
+    """The scorer that `kind` names, default those of reward.kind: several give a tuple of rewards per candidate.
+
+    An encoder that is already loaded is used again by `relevance`.
+    """
+    kinds = (kind,) if kind else config.reward.kinds
+    scorers = [_make_scorer(config, encoder, each) for each in kinds]
+    return scorers[0] if len(scorers) == 1 else _side_by_side(scorers)
+
+
+def _side_by_side(scorers: Sequence[RewardFn]) -> RewardFn:
+    def reward_fn(groups: Sequence[CandidateGroup]) -> list[list[Reward]]:
+        found = [scorer(groups) for scorer in scorers]
+        return [list(zip(*of_group, strict=True)) for of_group in zip(*found, strict=True)]
+
+    return reward_fn
+
+
+def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardFn:
+    if config.rollout.segment_tokens and kind == "data":
+        return lambda groups: [[GIVEN, REWRITTEN] for _ in groups]
     if kind == "data":
         return lambda groups: [[response.reward for response in group.prompt.responses] for group in groups]
     if kind == "relevance":
@@ -123,15 +145,34 @@ def score_groups(
 
 
 def score_group(group: CandidateGroup, raw: Sequence[Reward], embedding: torch.Tensor, config: Config) -> ScoredGroup:
-    numbers = tuple(math.nan if value is None else float(value) for value in raw)
-    valid = valid_candidates(group, numbers, config.rollout.truncated)
+    """Several rewards are normalised one by one and averaged (arXiv 2502.02588); reward_raw is the mean of the raw ones."""
+    by_scorer = list(zip(*(tuple(map(_number, _as_tuple(value))) for value in raw), strict=True))
+    reward_raw = _means(by_scorer)
+    valid = valid_candidates(group, reward_raw, config.rollout.truncated)
+    rule = normalizer_for(config)
     return ScoredGroup(
         group=group,
-        reward_raw=numbers,
-        reward=normalize_rewards(numbers, valid, normalizer_for(config)),
+        reward_raw=reward_raw,
+        reward=_means([normalize_rewards(numbers, valid, rule) for numbers in by_scorer]),
         valid=valid,
         embedding=embedding,
+        reward_by_scorer=tuple(by_scorer) if len(by_scorer) > 1 else (),
     )
+
+
+def _as_tuple(reward: Reward) -> tuple[Number, ...]:
+    return reward if isinstance(reward, tuple) else (reward,)
+
+
+def _number(value: Number) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _means(by_scorer: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """[N]: each candidate's mean over the scorers; one scorer's rewards as they are."""
+    if len(by_scorer) == 1:
+        return tuple(by_scorer[0])
+    return tuple(math.fsum(rewards) / len(rewards) for rewards in zip(*by_scorer, strict=True))
 
 
 def check_missing(groups: Sequence[CandidateGroup], rewards: Sequence[Sequence[Reward]], max_share: float) -> None:
@@ -140,7 +181,7 @@ def check_missing(groups: Sequence[CandidateGroup], rewards: Sequence[Sequence[R
         f"{group.prompt.id}[{i}]"
         for group, raw in zip(groups, rewards, strict=True)
         for i, value in enumerate(raw)
-        if value is None or not math.isfinite(value)
+        if not all(math.isfinite(_number(number)) for number in _as_tuple(value))
     ]
     total = sum(len(group.candidates) for group in groups)
     if len(missing) > max_share * total:
@@ -165,10 +206,13 @@ def valid_candidates(
 
 
 def normalizer_for(config: Config) -> str:
-    """reward.normalize, with auto resolved: minmax for group-contrastive losses, whose exp(alpha r) needs a fixed scale;
-    none for the losses whose signal is the scale itself (margins, ranks)."""
+    """reward.normalize, with auto resolved: win_rate for CaPO and for several rewards, whose scales do not compare; minmax
+    for group-contrastive losses, whose exp(alpha r) needs a fixed scale; none for the losses whose signal is the scale
+    itself (margins, ranks)."""
     if config.reward.normalize != "auto":
         return config.reward.normalize
+    if config.loss.name == "CaPO" or len(config.reward.kinds) > 1:
+        return "win_rate"
     return "minmax" if config.loss.name in _MINMAX_LOSSES else "none"
 
 
@@ -176,10 +220,14 @@ _MINMAX_LOSSES = ("GroupContrastive", "AMPO", "SWEPO", "REFA1vsK", "REFADynamic"
 
 
 def normalize_rewards(raw: Sequence[float], valid: Sequence[bool], rule: str) -> tuple[float, ...]:
-    """Applies one rule over the group's valid candidates; NaN elsewhere. A group without spread maps to 0 (1/2 for minmax)."""
+    """Applies one rule over the group's valid candidates; NaN elsewhere. A group without spread maps to 0 (1/2 for minmax
+    and win_rate)."""
     kept = [value for value, ok in zip(raw, valid, strict=True) if ok]
     if not kept:
         return tuple(math.nan for _ in raw)
+    if rule == "win_rate":
+        rates = iter(_win_rates(kept))
+        return tuple(next(rates) if ok else math.nan for ok in valid)
     low, high, mean = min(kept), max(kept), statistics.fmean(kept)
     std = statistics.pstdev(kept)
     scale = {
@@ -189,3 +237,8 @@ def normalize_rewards(raw: Sequence[float], valid: Sequence[bool], rule: str) ->
         "sigmoid": lambda r: 0.5 * (1.0 + math.tanh(0.5 * r)),
     }[rule]
     return tuple(scale(value) if ok else math.nan for value, ok in zip(raw, valid, strict=True))
+
+
+def _win_rates(rewards: Sequence[float]) -> list[float]:
+    reward_1N = torch.tensor([rewards], dtype=torch.float64)
+    return calibrated_reward(reward_1N, torch.ones_like(reward_1N, dtype=torch.bool))[0].tolist()

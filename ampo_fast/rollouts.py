@@ -133,18 +133,27 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
-        groups: list[CandidateGroup | None] = [None] * len(prompts)
-        for batch in generation_batches([len(ids) for ids in encoded], n, self.batch_rows):
-            uniform_AL = torch.stack([u for i in batch for u in _uniforms(prompts[i].id, n, sampling)])
+        completed = self.complete(encoded, [prompt.id for prompt in prompts], n, sampling)
+        return [
+            CandidateGroup(prompt=prompt, prompt_ids=ids, candidates=tuple(self._candidate(*row) for row in rows))
+            for prompt, ids, rows in zip(prompts, encoded, completed, strict=True)
+        ]
+
+    @torch.no_grad()
+    def complete(
+        self, contexts: Sequence[Sequence[int]], keys: Sequence[str], n: int, sampling: Sampling
+    ) -> list[list[tuple[list[int], list[float]]]]:
+        """n continuations of each context, (token ids, their log-probs) each; its key names its random streams."""
+        completed: list[list[tuple[list[int], list[float]]]] = [[] for _ in contexts]
+        for batch in generation_batches([len(ids) for ids in contexts], n, self.batch_rows):
+            uniform_AL = torch.stack([u for i in batch for u in _uniforms(keys[i], n, sampling)])
             with self.policy.autocast():
-                rows = self._decode([encoded[i] for i in batch], n, uniform_AL, sampling)
+                rows = self._decode([contexts[i] for i in batch], n, uniform_AL, sampling)
             for at, i in enumerate(batch):
-                candidates = tuple(self._candidate(*row) for row in rows[at * n : (at + 1) * n])
-                groups[i] = CandidateGroup(prompt=prompts[i], prompt_ids=encoded[i], candidates=candidates)
-        return groups
+                completed[i] = rows[at * n : (at + 1) * n]
+        return completed
 
     def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
         stopped = ids[-1] in self.policy.stop_ids

@@ -18,7 +18,15 @@ from ampo_fast.rewards import RewardFn, score_group, score_groups
 from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
-from ampo_fast.stage_files import RowWriter, group_from_row, raw_rewards, read_embeddings, read_rows, write_rows_atomic
+from ampo_fast.stage_files import (
+    RowWriter,
+    group_from_row,
+    raw_rewards,
+    read_embeddings,
+    read_rows,
+    selected_from_row,
+    write_rows_atomic,
+)
 from ampo_fast.trace import Trace
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup, SelectedGroup
 
@@ -138,6 +146,19 @@ class RoundMaker:
         """The reward spreads seen before round `index` (the newest, or the next one): what a resumed run starts from."""
         is_newest = self._newest is not None and self._newest[0] == index
         return self._spreads_before_newest if is_newest else list(self.tolerance.spreads)
+
+    def read(self, index: int) -> list[SelectedGroup]:
+        """The groups of an earlier round as its file holds them, on every rank."""
+
+        def read() -> list[SelectedGroup]:
+            path = self._path(index)
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: rollout.replay draws from every round; use another --run.name")
+            rows = read_rows(path)
+            embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
+            return [selected_from_row(row, embedding) for row, embedding in zip(rows, embeddings, strict=True)]
+
+        return distributed.on_main(read)
 
     def _reload(self, index: int) -> list[ScoredGroup]:
         path = self._path(index)

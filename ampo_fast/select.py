@@ -11,6 +11,7 @@ import torch
 
 from ampo_fast import losses
 from ampo_fast.config import Config
+from ampo_fast.pareto import draw_sides
 from ampo_fast.rollouts import stream_seed
 from ampo_fast.selection import select_responses
 from ampo_fast.types import Candidate, ScoredGroup, SelectedGroup
@@ -41,7 +42,8 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     """1 positive + up to k negatives of each group by select.strategy; degenerate groups carry their skip_reason.
 
     A response cut by the length limit is never the positive unless rollout.truncated = "keep". Losses whose target for
-    equal rewards is 1/2 (MMPO, CaPO) train on ties as well.
+    equal rewards is 1/2 (MMPO, CaPO) train on ties as well. Where select.pareto is set, the fronts of several rewards decide
+    who may be on which side, and the strategy chooses among those.
     """
     if not scored:
         return []
@@ -50,11 +52,7 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         reward_tol = -1.0  # no spread is too small
     sizes = [len(group.valid) for group in scored]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    positive_ok = [
-        candidate.finish_reason == "stop" or config.rollout.truncated == "keep"
-        for group in scored
-        for candidate in group.group.candidates
-    ]
+    sides = [_sides(group, config) for group in scored]
     rewards = torch.tensor([reward for group in scored for reward in group.reward])
     chosen = select_responses(
         torch.cat([group.embedding for group in scored]),
@@ -63,14 +61,21 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         strategy=config.select.strategy,
         group_offsets=offsets,
         coverage=config.select.coverage,
-        valid=torch.tensor([ok for group in scored for ok in group.valid]),
-        positive_ok=torch.tensor(positive_ok),
+        valid=torch.tensor([ok for valid, _ in sides for ok in valid]),
+        positive_ok=torch.tensor([ok for _, positive_ok in sides for ok in positive_ok]),
         tie_tol=None if keeps_ties else 0.0,
         keys=torch.tensor([stream_seed(group.group.prompt.id) for group in scored]),
         seed=config.run.seed,
     )
     rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
     return [_selected(group, positive, negative, cost, reward_tol) for group, positive, negative, cost in rows]
+
+
+def _sides(group: ScoredGroup, config: Config) -> tuple[Sequence[bool], Sequence[bool]]:
+    """([N] who may be selected, [N] who may be the positive)."""
+    keeps_cut = config.rollout.truncated == "keep"
+    positive_ok = [candidate.finish_reason == "stop" or keeps_cut for candidate in group.group.candidates]
+    return draw_sides(group, positive_ok, config.run.seed) if config.select.pareto else (group.valid, positive_ok)
 
 
 def without_unselected(group: SelectedGroup) -> SelectedGroup:
@@ -102,4 +107,6 @@ def _why_degenerate(scored: ScoredGroup, reward_tol: float) -> str:
     candidates = zip(scored.group.candidates, scored.valid, strict=True)
     if not any(ok and candidate.finish_reason == "stop" for candidate, ok in candidates):
         return "every valid response was cut by the length limit, so none may be the positive"
+    if scored.reward_by_scorer:
+        return "no response that may be the positive is better than another"
     return "no response has a lower reward than the positive"

@@ -43,6 +43,7 @@ class PartLogp:
     logp_R: torch.Tensor
     eos_logp_R: torch.Tensor | None
     ref_logp_M: torch.Tensor | None
+    ref_logp_R: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class SplitGroup:
         logp_R = torch.cat([part.logp_R for part in parts])
         eos_logp_R = None if eos_id is None else torch.cat([part.eos_logp_R for part in parts])
         batch = pack(micro.groups, logp_R.device)
-        if parts[0].ref_logp_M is not None:
-            batch = dataclasses.replace(batch, ref_logp_M=torch.cat([part.ref_logp_M for part in parts]))
+        reference = {name: _joined(parts, name) for name in ("ref_logp_M", "ref_logp_R")}
+        batch = dataclasses.replace(batch, **reference)
         side = ResponseStats(
             logp_M=logp_R.new_empty(0),
             length_M=batch.response_offsets.diff().to(logp_R.device),
             reward_M=batch.reward_M,
             group_offsets=batch.group_offsets,
-            ref_logp_M=batch.ref_logp_M,
+            **reference,
             positive_M=batch.positive_M,
             baseline_B=batch.baseline_B,
             response_offsets=batch.response_offsets,
@@ -81,3 +82,8 @@ class SplitGroup:
         eos_parts = [None] * len(sizes) if grad_eos_R is None else grad_eos_R.split(sizes)
         part_losses = [GivenGradient(*pair) for pair in zip(grad_R.split(sizes), eos_parts, strict=True)]
         return cls(loss, batch, with_logprobs(side, *given), part_losses)
+
+
+def _joined(parts: Sequence[PartLogp], name: str) -> torch.Tensor | None:
+    values = [getattr(part, name) for part in parts]
+    return None if values[0] is None else torch.cat(values)

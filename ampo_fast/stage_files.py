@@ -2,8 +2,9 @@
 
 A row: {id, prompt: [messages], prompt_ids, responses: [{content, token_ids, logp, finish_reason, version, reward_raw,
 reward, selected: null | "positive" | "negative"}]}; after selection also cost and skip_reason. logp is per token. Every
-key is always there, null where its stage has not run. Numbers are written as repr, so they read back exactly; NaN is
-written as null.
+key is always there, null where its stage has not run. Where several scorers judged, a response also has reward_by_scorer,
+their raw rewards in the order of reward.kind; reward_raw is the mean. Numbers are written as repr, so they read back
+exactly; NaN is written as null.
 Shapes: N candidates of a prompt, E embedding, n all candidates of a file.
 """
 
@@ -55,7 +56,7 @@ def row_from_group(group: CandidateGroup) -> Row:
 
 def row_from_scored(scored: ScoredGroup) -> Row:
     row = row_from_group(scored.group)
-    write_rewards(row, scored.reward_raw, scored.reward)
+    write_rewards(row, scored)
     return row
 
 
@@ -65,11 +66,13 @@ def row_from_selected(selected: SelectedGroup) -> Row:
     return row
 
 
-def write_rewards(row: Row, reward_raw: Sequence[float], reward: Sequence[float]) -> None:
+def write_rewards(row: Row, scored: ScoredGroup) -> None:
     """Writes raw and normalised rewards into the row's responses."""
-    for response, raw, value in zip(row["responses"], reward_raw, reward, strict=True):
-        response["reward_raw"] = _null_if_not_finite(raw)
-        response["reward"] = _null_if_not_finite(value)
+    for i, response in enumerate(row["responses"]):
+        response["reward_raw"] = _null_if_not_finite(scored.reward_raw[i])
+        response["reward"] = _null_if_not_finite(scored.reward[i])
+        if scored.reward_by_scorer:
+            response["reward_by_scorer"] = [_null_if_not_finite(rewards[i]) for rewards in scored.reward_by_scorer]
 
 
 def mark(row: Row, selected: SelectedGroup) -> None:
@@ -116,10 +119,11 @@ def scored_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> Sc
     reward = tuple(_nan_if_null(response.get("reward")) for response in row["responses"])
     return ScoredGroup(
         group=group,
-        reward_raw=tuple(_nan_if_null(value) for value in raw_rewards(row)),
+        reward_raw=tuple(_nan_if_null(response.get("reward_raw")) for response in row["responses"]),
         reward=reward,
         valid=tuple(math.isfinite(value) for value in reward),
         embedding=embedding,
+        reward_by_scorer=_by_scorer(row),
     )
 
 
@@ -137,8 +141,19 @@ def selected_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> 
     )
 
 
-def raw_rewards(row: Row) -> list[float | None]:
+def raw_rewards(row: Row) -> list[float | tuple[float | None, ...] | None]:
+    """What the scorers gave: a number for each response, or a tuple where there are several."""
+    by_scorer = [response.get("reward_by_scorer") for response in row["responses"]]
+    if all(by_scorer):
+        return [tuple(rewards) for rewards in by_scorer]
     return [response.get("reward_raw") for response in row["responses"]]
+
+
+def _by_scorer(row: Row) -> tuple[tuple[float, ...], ...]:
+    rewards = [response.get("reward_by_scorer") for response in row["responses"]]
+    if not all(rewards):
+        return ()
+    return tuple(tuple(map(_nan_if_null, column)) for column in zip(*rewards, strict=True))
 
 
 def _nan_if_null(value: float | None) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +24,10 @@ from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
-from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, normalizer_for, valid_candidates
+from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts import generation_batches
 from ampo_fast.sampler import admit_prompts
+from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
     Row,
@@ -61,10 +61,19 @@ _SETTINGS = {
         "rollout.top_k",
         "rollout.max_new_tokens",
         "rollout.batch_rows",
+        "rollout.segment_tokens",
     ),
     "score": ("reward.kind", "reward.normalize", "rollout.truncated"),
     "embed": ("embed.model",),
-    "select": ("run.seed", "select.strategy", "select.k", "select.coverage", "reward.tol", "rollout.truncated"),
+    "select": (
+        "run.seed",
+        "select.strategy",
+        "select.k",
+        "select.coverage",
+        "select.pareto",
+        "reward.tol",
+        "rollout.truncated",
+    ),
 }
 
 
@@ -85,7 +94,7 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
         seed=config.run.seed,
     )
     batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
-    engine = make_engine(config, policy)
+    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
 
     def answer(batch: Sequence[Prompt]) -> list[Row]:
         return [row_from_group(group) for group in engine.generate(batch, rollout.n, sampling)]
@@ -100,16 +109,13 @@ def score(config: Config, source: Path, output: Path) -> int:
     """Adds the raw and the normalised reward to every response; needs no embeddings. Returns how many rows are new."""
     rows = _input("score", config, source, output)
     reward_fn = make_reward(config)
-    rule = normalizer_for(config)
 
     def judge(batch: Sequence[Row]) -> list[Row]:
         groups = [group_from_row(row, f"{source}, id {row['id']!r}") for row in batch]
         rewards = reward_fn(groups)
         check_missing(groups, rewards, config.reward.max_missing_share)
-        for row, group, given in zip(batch, groups, rewards, strict=True):
-            raw = [math.nan if value is None else float(value) for value in given]
-            valid = valid_candidates(group, raw, config.rollout.truncated)
-            write_rewards(row, raw, normalize_rewards(raw, valid, rule))
+        for row, group, raw in zip(batch, groups, rewards, strict=True):
+            write_rewards(row, score_group(group, raw, torch.empty(0), config))
         return list(batch)
 
     added = _append("score", output, rows, _batches(rows), judge)

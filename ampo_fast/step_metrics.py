@@ -48,6 +48,9 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int)
         "positive/reward": _mean([g.scored.reward_raw[i] for g in trained for i in g.positive]),
         "negative/reward": _mean([g.scored.reward_raw[i] for g in trained for i in g.negative]),
     }
+    for number, rewards in enumerate(zip(*(s.reward_by_scorer for s in scored), strict=True), 1):
+        pairs = [pair for values, s in zip(rewards, scored, strict=True) for pair in zip(values, s.valid, strict=True)]
+        metrics[f"reward/{number}"] = _mean([reward for reward, ok in pairs if ok])
     if logp:
         metrics["entropy"] = -_mean(logp)
     ages = [step - _candidate(s, i).version for s, i in pool if _candidate(s, i).logp]  # given responses have no age

@@ -27,6 +27,7 @@ from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
 from ampo_fast.reward_data import settle_disagreements
 from ampo_fast.rewards import make_reward
@@ -34,6 +35,7 @@ from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
+from ampo_fast.segments import with_segments
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
@@ -85,7 +87,10 @@ class Trainer:
         longest = longest_prompt(self.train_prompts, self.policy, config)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(longest)
-        self.engine = make_engine(config, self.actor)
+        rollout = config.rollout
+        self.engine = with_segments(
+            make_engine(config, self.actor), self._segment_writer(), rollout.segment_tokens, rollout.batch_rows
+        )
         # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
@@ -111,7 +116,12 @@ class Trainer:
             config, self.actor, self.engine, self.sampler, self.reward_fn, self.embedder,
             self.run_dir / "rollouts", self.state["spreads"], self.trace,
         )  # fmt: skip
+        self.replay = ReplayBuffer(config.rollout.replay, config.run.seed, self.rounds.read)
         self.started = time.monotonic() - self.state["wall_s"]
+
+    def _segment_writer(self) -> Policy:
+        reference = self.updater.reference
+        return reference.model if reference is not None and reference.moves else self.actor
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -141,6 +151,8 @@ class Trainer:
         """One optimizer step on the next prompts_per_step groups of the current round."""
         round_index, at = self._place(self.step)
         selected = self.rounds.selected(round_index, self.step, self.progress)
+        if self.config.rollout.replay:
+            selected = self.replay.draw(round_index, selected)
         selected = selected[at : at + self.config.optim.prompts_per_step]
         metrics = self.updater.step(selected, self.step, self.progress, self._is_comparable)
         self.state["num_tokens"] += metrics["num_tokens"]
@@ -281,7 +293,7 @@ class Trainer:
         config = self.config
         if config.data.eval is None or not config.eval.prompts:
             return []
-        if config.reward.kind == "data" and not config.eval.reward:
+        if "data" in config.reward.kinds and not config.eval.reward:
             raise ValueError('data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is "data")')
         return self._prompts(config.data.eval, "data.eval")[: config.eval.prompts]
 
@@ -330,6 +342,8 @@ class Trainer:
             print_completions(before, after, file=sys.stderr)
         if stopped:
             summary["stopped"] = stopped
+        if self.updater.fitted_gamma is not None:
+            summary["gamma"] = self.updater.fitted_gamma
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary

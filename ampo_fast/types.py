@@ -74,6 +74,8 @@ class ScoredGroup:
     """[N] False: empty, a duplicate of an earlier candidate, or without a reward. Never selected, counted nowhere."""
     embedding: torch.Tensor
     """[N, E] float32, L2-normalised."""
+    reward_by_scorer: tuple[tuple[float, ...], ...] = ()
+    """[S, N] raw rewards in the order of reward.kind, where that names several; reward_raw is then their mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,8 @@ class PackedBatch:
     """[R] float32: the engine's log-probs, where all responses have them."""
     ref_logp_M: torch.Tensor | None = None
     """[M] float32: the reference policy's summed log-probs, where the loss needs them."""
+    ref_logp_R: torch.Tensor | None = None
+    """[R] float32: the same token by token, where the loss weights tokens."""
 
     @property
     def num_groups(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from ampo_fast.packing import (
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reference_logps import ReferenceLogps
 from ampo_fast.reward_data import fitted_params
+from ampo_fast.rewards import normalizer_for
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (
     TrainedGroup,
@@ -49,8 +49,10 @@ def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
         raise ValueError(
             f"loss.name = {config.loss.name!r}; known: {', '.join(name for name in known if name != 'Sum')}"
         )
+    # CaPO's win rates are those against all candidates, which the loss never sees.
+    implied = {"calibrated": True} if config.loss.name == "CaPO" and normalizer_for(config) == "win_rate" else {}
     try:
-        loss = classes[config.loss.name](**fitted_params(config.loss, config.reward.normalize, prompts))
+        loss = classes[config.loss.name](**implied | fitted_params(config.loss, config.reward.normalize, prompts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:
@@ -66,9 +68,19 @@ class Updater:
         self.policy = policy
         self.loss_fn = make_loss(config, prompts)
         self.optimizer = make_optimizer(policy.parameters(), config.optim)
-        self.reference = ReferenceLogps(config, policy, prompts) if self.loss_fn.uses_reference else None
+        self.reference = None
+        if self.loss_fn.uses_reference:
+            self.reference = ReferenceLogps(config, policy, prompts, by_token=self.loss_fn.needs_reference_rows)
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
         self._num_nonfinite = 0
+
+    @property
+    def fitted_gamma(self) -> float | None:
+        """MMPO's gamma, where loss.params asks for a fit instead of giving it."""
+        if not isinstance(self.config.loss.params.get("gamma"), dict):
+            return None
+        loss = self.loss_fn.terms[0][1] if isinstance(self.loss_fn, losses.Sum) else self.loss_fn
+        return loss.gamma
 
     def step(
         self, selected: Sequence[SelectedGroup], step: int, progress: TrainingProgress, is_comparable: bool
@@ -144,8 +156,10 @@ class Updater:
         for i, micro in enumerate(own):
             with progress.phase("pack"):
                 batch = pack_micro_batch(micro, device)
-                if any(plan[i].is_whole for plan in plans):  # a forward of the reference too is one of all ranks
-                    batch = self._with_reference(batch, micro)
+            # A forward of the reference too is one of all ranks.
+            if self.reference is not None and any(plan[i].is_whole for plan in plans):
+                with progress.phase("reference"):
+                    batch = self.reference.of(batch, micro)
             distributed.sync_gradients(self.policy, i + 1 == len(own))
             with progress.phase("forward_backward"), self._named_out_of_memory(batch):
                 if micro.is_whole:
@@ -178,7 +192,8 @@ class Updater:
         with self._named_out_of_memory(batch):
             out = self.policy.token_logp(batch, self.eos_id)
             logp_R, eos_logp_R = out if self.eos_id is not None else (out, None)
-            return PartLogp(logp_R, eos_logp_R, self._with_reference(batch, micro).ref_logp_M)
+            batch = self._with_reference(batch, micro)
+            return PartLogp(logp_R, eos_logp_R, batch.ref_logp_M, batch.ref_logp_R)
 
     def _no_gradient(self, batch: PackedBatch) -> GivenGradient:
         """For a rank that keeps the others company in a forward: exactly zero, whatever the loss is."""
@@ -186,9 +201,7 @@ class Updater:
         return GivenGradient(zero_R, None if self.eos_id is None else zero_R)
 
     def _with_reference(self, batch: PackedBatch, micro: MicroBatch) -> PackedBatch:
-        if self.reference is None:
-            return batch
-        return dataclasses.replace(batch, ref_logp_M=self.reference.of(batch, micro))
+        return batch if self.reference is None else self.reference.of(batch, micro)
 
     @contextlib.contextmanager
     def _named_out_of_memory(self, batch: PackedBatch) -> Iterator[None]:

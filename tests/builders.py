@@ -20,7 +20,7 @@ def group(texts, i: int = 0, prompt_ids=(0, 3, 10, 11), finish=None, lengths=Non
     return CandidateGroup(prompt=prompt(i), prompt_ids=tuple(prompt_ids), candidates=candidates)
 
 
-def scored(rewards, i: int = 0, valid=None, normalized=None, **more) -> ScoredGroup:
+def scored(rewards, i: int = 0, valid=None, normalized=None, by_scorer=(), **more) -> ScoredGroup:
     made = group([f"text {k}" for k in range(len(rewards))], i, **more)
     points = torch.nn.functional.normalize(
         torch.randn(len(rewards), 6, generator=torch.Generator().manual_seed(i)), dim=1
@@ -31,6 +31,7 @@ def scored(rewards, i: int = 0, valid=None, normalized=None, **more) -> ScoredGr
         reward=tuple(normalized or rewards),
         valid=tuple(valid or [True] * len(rewards)),
         embedding=points,
+        reward_by_scorer=by_scorer,
     )
 
 

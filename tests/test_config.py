@@ -80,6 +80,9 @@ def test_unknown_section_names_the_nearest():
         ({"rollout": {"prompts_per_round": 12}}, r"rollout\.prompts_per_round = 12 .*optim\.prompts_per_step = 8"),
         ({"rollout": {"engine": "data"}}, r"reward\.kind.*rollout\.engine.*go together"),
         ({"reward": {"kind": "data"}}, r"reward\.kind.*rollout\.engine.*go together"),
+        ({"reward": {"kind": ["relevance", "data"]}}, r"reward\.kind.*rollout\.engine.*go together"),
+        ({"reward": {"kind": []}}, r"reward\.kind"),
+        ({"select": {"pareto": True}}, r"select\.pareto.*'relevance' is one; give a list"),
     ],
 )
 def test_sections_must_agree(sections, message):

@@ -34,6 +34,11 @@ VARIANTS = {
     "reference": {
         "run": {"steps": 3}, "eval": NO_EVAL, "loss": {"name": "SWEPO"}, "optim": {"micro_batch_tokens": 60},
     },
+    # Given pairs, whose reference log-probs are kept token by token; the third step's were computed by the first two.
+    "given": {
+        "run": {"steps": 3}, "eval": NO_EVAL, "loss": {"name": "BMC"}, "optim": {"micro_batch_tokens": 40},
+        "rollout": {"engine": "data", "prompts_per_round": 0}, "reward": {"kind": "data"}, "select": {"k": 1},
+    },
     "bfloat16": {"run": {"steps": 2}, "eval": NO_EVAL, "model": {"dtype": "bfloat16"}},
     "recomputed": {"run": {"steps": 3}, "eval": NO_EVAL, "optim": {"activation_checkpointing": True}},
     "lora": {
@@ -46,6 +51,9 @@ if find_spec("peft") is None:
 
 
 def write_variants(tmp_path, tiny_model):
+    pairs = [{"id": f"g{i}", "prompt": f"q{i}", "chosen": "aei" * (i + 2), "rejected": "aexyz"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    VARIANTS["given"]["data"] = {"train": str(tmp_path / "pairs.jsonl")}
     return {
         name: write_run(tmp_path, tiny_model, f"{name}.toml", **(v | {"run": v["run"] | {"name": name, "timeout_s": 300}}))
         for name, v in VARIANTS.items()
@@ -91,6 +99,19 @@ def test_two_ranks_train_as_one(one_rank, two_ranks, name):
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-7, msg=lambda m, metric=metric: f"{metric}: {m}")
     first = "rollouts/step_000001.jsonl"
     assert (two_ranks / name / first).read_bytes() == (one_rank / name / first).read_bytes()
+
+
+def test_ranks_share_the_reference_log_probs_of_given_responses_each_computed_once(one_rank, two_ranks):
+    found = []
+    for root in (one_rank, two_ranks):
+        (file,) = (root / "given/reference").glob("*.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        found.append((file.name, {(row["id"], row["index"]): row["logp"] for row in rows}))
+        assert len(rows) == len(found[-1][1]) == 8
+    (name, one), (same_name, two) = found
+    assert name == same_name
+    for key, logps in one.items():
+        assert two[key] == pytest.approx(logps, rel=1e-5, abs=1e-6)
 
 
 def test_the_metrics_of_two_ranks_have_the_names_and_values_of_one(one_rank, two_ranks):

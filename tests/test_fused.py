@@ -21,7 +21,9 @@ def inputs(dtype=torch.float64, rows=40, seed=0):
     return hidden, weight, bias, torch.randint(0, V, (rows,), generator=g), torch.rand(7, generator=g, dtype=dtype)
 
 
-def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None):
+def naive(
+    hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None, ref_row=None
+):
     logits = hidden @ weight.T + bias
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -34,7 +36,7 @@ def naive(hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softca
         eos = all_logp[last, eos_id].masked_fill(target[last] != eos_id, torch.nan)
     stats = ResponseStats(
         logp, RESPONSES.diff(), reward, GROUPS, ref, eos, response_offsets=RESPONSES, logp_R=row,
-        eos_logp_R=None if eos_id is None else all_logp[:, eos_id],
+        eos_logp_R=None if eos_id is None else all_logp[:, eos_id], target_R=target, ref_logp_R=ref_row,
     )  # fmt: skip
     return loss_fn(stats).per_group_B.sum() / 2
 
@@ -91,11 +93,13 @@ def test_every_loss_is_a_loss_of_the_fused_op(loss_fn, mode):
     hidden, weight, bias, target, reward = inputs(seed=3)
     target[RESPONSES[1:-2] - 1] = 5  # all but two responses end in the id taken for EOS
     eos = 5 if loss_fn.needs_eos else None
-    ref = torch.linspace(-30.0, -10.0, 7, dtype=torch.float64)
-    expected = naive(hidden, weight, bias, target, reward, loss_fn, eos_id=eos, ref=ref)
+    target[6:8] = target[:2]  # so that some tokens of a pair are the same
+    ref, ref_row = (torch.linspace(-30.0, -10.0, count, dtype=torch.float64) for count in (7, 40))
+    ref_row = ref_row if loss_fn.needs_reference_rows else None
+    expected = naive(hidden, weight, bias, target, reward, loss_fn, eos_id=eos, ref=ref, ref_row=ref_row)
     loss, _ = fused_linear_group_loss(
         hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn,
-        bias_V=bias, eos_id=eos, ref_logp_M=ref, mode=mode, chunk_rows=25,
+        bias_V=bias, eos_id=eos, ref_logp_M=ref, ref_logp_R=ref_row, mode=mode, chunk_rows=25,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
     for got, want in zip(
@@ -261,5 +265,5 @@ def test_stats_fields_stand_in_the_promised_order():
     names = [field.name for field in dataclasses.fields(ResponseStats)]
     assert names == [
         "logp_M", "length_M", "reward_M", "group_offsets", "ref_logp_M", "eos_logp_M", "positive_M", "baseline_B",
-        "response_offsets", "logp_R", "eos_logp_R",
+        "response_offsets", "logp_R", "eos_logp_R", "target_R", "ref_logp_R",
     ]  # fmt: skip

@@ -12,7 +12,7 @@ LEVELS = [
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "attention_varlen", "lora", "model", "model_files",
-     "packing", "embeddings", "rewards", "rollouts", "select", "sampler", "optimizer",
+     "packing", "embeddings", "rewards", "rollouts", "select", "pareto", "segments", "replay", "sampler", "optimizer",
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "rounds", "reward_data", "reward_text", "frozen_blocks",

@@ -100,7 +100,18 @@ def test_offline_training_is_not_called_on_policy(tmp_path):
     _, body = card_of(tmp_path, config, {"steps": 3, "stopped": "eval.patience"})
     assert "given with the data" in body
     assert "its own answers" not in body
+    assert "written anew" not in body
     assert "The run stopped early: eval.patience." in body
+
+
+def test_rewritten_segments_several_rewards_and_a_fitted_gamma_are_told(tmp_path):
+    config = make_config(tmp_path, rollout={"engine": "data", "segment_tokens": 9}, reward={"kind": "data"})
+    assert "the same with at most 9 tokens written anew" in card_of(tmp_path, config, {"steps": 3})[1]
+    loss = {"name": "MMPO", "params": {"beta": 0.1, "gamma": {"agreement": 0.8}}}
+    config = make_config(tmp_path, reward={"kind": ["relevance", "m:f"]}, loss=loss)
+    body = card_of(tmp_path, config, {"steps": 3, "gamma": 2.5})[1]
+    assert "| reward | `relevance, m:f`," in body
+    assert "with beta = 0.1, gamma = 2.5 |" in body
 
 
 def test_every_loss_of_the_package_has_its_paper(tmp_path):

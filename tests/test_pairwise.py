@@ -24,6 +24,7 @@ from ampo_fast.losses import (
     RobustDPO,
     SimPO,
 )
+from ampo_fast.losses.token_diff import changed_tokens, divergent_similarity
 
 F64 = torch.float64
 LOGP = [-10.0, -12.5, -7.0, -9.25]
@@ -193,6 +194,80 @@ def test_bmc_weights_each_token_by_its_detached_inverse_probability():
     assert out.loss.item() == pytest.approx(-ls(0.5 * (x[0] - x[1])), abs=1e-12)
     out.loss.backward()
     assert logp_R.grad[0] / logp_R.grad[1] == pytest.approx(weights[0] / weights[1])
+
+
+def test_capo_takes_given_win_rates_as_they_are():
+    rho = [LOGP[i] - REF[i] for i in range(2)]
+    expected = (REWARD[0] - REWARD[1] - 0.1 * (rho[0] - rho[1])) ** 2
+    assert CaPO(beta=0.1, calibrated=True)(stats([0, 1])).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_changed_tokens_are_those_that_no_matching_block_holds():
+    rejected, chosen = [1, 2, 3, 4, 9], [1, 7, 8, 3, 9]
+    assert changed_tokens(rejected, chosen) == ([False, True, False, True, False], [False, True, True, False, False])
+    assert changed_tokens([1, 2], [1, 2]) == ([False] * 2, [False] * 2)
+    long = [5, 6] * 200  # frequent tokens are no junk
+    assert changed_tokens(long, [*long, 7]) == ([False] * 400, [False] * 400 + [True])
+
+
+IDS = [[1, 2, 9], [1, 3, 9], [4, 2, 9, 9]]
+ROWS = [[-0.1, -3.0, -0.2], [-0.4, -0.5, -0.3], [-2.0, -1.0, -0.1, -0.6]]
+REF_ROWS = [[-0.2, -2.0, -0.2], [-0.3, -0.9, -0.1], [-1.0, -1.5, -0.4, -0.2]]
+
+
+def with_rows():
+    logp_R, ref_logp_R = (torch.tensor([v for row in rows for v in row], dtype=F64) for rows in (ROWS, REF_ROWS))
+    return ResponseStats(
+        torch.tensor([sum(row) for row in ROWS], dtype=F64), torch.tensor([3, 3, 4]),
+        torch.tensor([0.4, 0.9, 0.1], dtype=F64), torch.tensor([0, 3]), torch.tensor([sum(row) for row in REF_ROWS], dtype=F64),
+        response_offsets=torch.tensor([0, 3, 6, 10]), logp_R=logp_R, ref_logp_R=ref_logp_R,
+        target_R=torch.tensor([token for row in IDS for token in row]),
+    )  # fmt: skip
+
+
+def test_bmc_weights_the_tokens_that_the_pair_does_not_share():
+    def x(own, changed):
+        ratios = [p - r for p, r in zip(ROWS[own], REF_ROWS[own], strict=True)]
+        return sum(
+            (1 + min(math.exp(-p), 2.0) * (t in changed)) * ratio
+            for t, (p, ratio) in enumerate(zip(ROWS[own], ratios, strict=True))
+        )
+
+    # (preferred, its changed tokens, other, its changed tokens), by hand from IDS
+    pairs = [(1, {1}, 0, {1}), (0, {0}, 2, {0, 3}), (1, {0, 1}, 2, {0, 1, 3})]
+    expected = sum(-ls(0.5 * (x(w, a) - x(r, b))) for w, a, r, b in pairs) / 3
+    out = BMC(beta=0.5, delta=2.0)(with_rows())
+    assert out.loss.item() == pytest.approx(expected, abs=1e-12)
+    best = BMC(beta=0.5, delta=2.0, pairs="best_vs_rest")(with_rows())
+    expected = sum(-ls(0.5 * (x(w, a) - x(r, b))) for w, a, r, b in (pairs[0], pairs[2])) / 2
+    assert best.loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_bmc_of_empty_groups_is_zero():
+    empty, none = torch.zeros(0, dtype=F64), torch.zeros(2, dtype=torch.int64)
+    stats = ResponseStats(empty, empty, empty, none, response_offsets=none[:1], logp_R=empty)
+    assert BMC()(stats).per_group_B.tolist() == [0.0]
+
+
+def test_pcrm_takes_its_bound_from_the_parts_that_diverge():
+    base = with_rows()
+    rho = [sum(a) - sum(b) for a, b in zip(ROWS, REF_ROWS, strict=True)]
+    similar = {(1, 0): 1.0, (0, 2): 3 / 4, (1, 2): 3 / 4}
+    expected = 0.0
+    for (w, r), similarity in similar.items():
+        z = 0.1 * (rho[w] - rho[r])
+        expected += -ls(z) - ls(6 / (similarity + 1e-3) - z)
+    assert DPOPCRM(beta=0.1)(base).loss.item() == pytest.approx(expected / 3, abs=1e-12)
+
+
+def test_pcrms_similarity_is_that_of_the_parts_that_diverge():
+    ids = ((1, 2, 3, 4, 9), (1, 2, 5, 9), (1, 2, 3, 4, 9), (7, 9))
+    found = divergent_similarity([ids, ids[:2]])
+    assert found.shape == (2, 4, 4)
+    expected = [[1, 2 / 3, 1, 2 / 5], [2 / 3, 1, 2 / 3, 2 / 4], [1, 2 / 3, 1, 2 / 5], [2 / 5, 2 / 4, 2 / 5, 1]]
+    assert torch.allclose(found[0], torch.tensor(expected, dtype=F64))
+    assert torch.allclose(found[1, :2, :2], torch.tensor([[1, 2 / 3], [2 / 3, 1]], dtype=F64))
+    assert divergent_similarity([[(1, 2), (1, 2, 3)]])[0, 0, 1] == 0  # nothing is left of the shorter one
 
 
 def test_bmc_without_rows_says_what_it_needs():

@@ -24,10 +24,11 @@ def selected(i, positive=2, negative=(0, 1)):
 
 def make(tiny_model, prompts=PROMPTS, **rollout):
     sections = {"model": {"path": str(tiny_model)}, "optim": {"micro_batch_tokens": 20}}
+    by_token = rollout.pop("by_token", False)
     if rollout.pop("given", True):
         sections |= {"rollout": {"engine": "data"} | rollout, "reward": {"kind": "data"}}
     made = config(**sections)
-    return ReferenceLogps(made, Policy.load(made.model), prompts)
+    return ReferenceLogps(made, Policy.load(made.model), prompts, by_token)
 
 
 def count_forwards(references, monkeypatch):
@@ -46,10 +47,10 @@ def test_they_are_those_of_a_forward_of_the_batch_and_each_is_computed_once(tiny
     assert done == 2  # 20 tokens hold one group
     references.prepare(groups[::-1])
     batch = pack(groups)
-    given = references.of(batch, MicroBatch(tuple(groups)))
+    given = references.of(batch, MicroBatch(tuple(groups))).ref_logp_M
     assert len(calls) == done
     fresh = make(tiny_model, given=False)
-    torch.testing.assert_close(given, fresh.of(batch, MicroBatch(tuple(groups))), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(given, fresh.of(batch, MicroBatch(tuple(groups))).ref_logp_M, atol=1e-4, rtol=1e-5)
     references.prepare([selected(0), selected(2, positive=1, negative=(0,))])
     assert len(calls) == done + 1
 
@@ -67,7 +68,7 @@ def test_a_resumed_run_reads_what_was_computed_and_mends_a_torn_line(tiny_model,
     micro = MicroBatch((selected(1),))
     batch = pack(micro.groups)
     assert not calls
-    assert torch.equal(first.of(batch, micro), second.of(batch, micro))
+    assert torch.equal(first.of(batch, micro).ref_logp_M, second.of(batch, micro).ref_logp_M)
     second.prepare([selected(2)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 9
@@ -108,9 +109,23 @@ def test_part_of_a_group_has_its_own_and_an_adapters_reference_is_its_base(tiny_
         (tmp_path / folder).mkdir()
         each.keep_in(tmp_path / folder)
         each.prepare([group])
-    whole = references.of(pack([group]), MicroBatch((group,)))
-    assert torch.equal(references.of(pack([group]), part), whole[1:])  # kept: the positive 2, then 0 and 1
-    torch.testing.assert_close(of_base.of(pack([group]), MicroBatch((group,))), whole)
+    whole = references.of(pack([group]), MicroBatch((group,))).ref_logp_M
+    assert torch.equal(references.of(pack([group]), part).ref_logp_M, whole[1:])  # kept: the positive 2, then 0 and 1
+    torch.testing.assert_close(of_base.of(pack([group]), MicroBatch((group,))).ref_logp_M, whole)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_by_token_they_are_those_whose_sums_are_kept_else(tiny_model, tmp_path, given):
+    groups = [selected(0), selected(1)]
+    batch, micro = pack(groups), MicroBatch(tuple(groups))
+    whole, by_token = make(tiny_model, given=given), make(tiny_model, given=given, by_token=True)
+    for references, name in ((whole, "a"), (by_token, "b")):
+        (tmp_path / name).mkdir()
+        references.keep_in(tmp_path / name)
+        references.prepare(groups)
+    found = by_token.of(batch, micro)
+    torch.testing.assert_close(found.ref_logp_R, by_token.model.token_logp(batch), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.ref_logp_M, whole.of(batch, micro).ref_logp_M, atol=1e-5, rtol=1e-6)
 
 
 def test_sampled_responses_are_not_kept(tiny_model, tmp_path, monkeypatch):
@@ -168,13 +183,13 @@ def test_its_weights_come_back_and_missing_ones_are_named(tiny_model, tmp_path):
         again.restore(1)
 
 
-@pytest.mark.parametrize("reference", [{}, {"every": 1, "decay": 0.5}])
-def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(tiny_model, tmp_path, reference):
+@pytest.mark.parametrize(("loss", "reference"), [("DPO", {}), ("DPO", {"every": 1, "decay": 0.5}), ("BMC", {})])
+def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(tiny_model, tmp_path, loss, reference):
     rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     offline = {"data": {"train": str(tmp_path / "pairs.jsonl")}, "rollout": {"engine": "data", "prompts_per_round": 0}}
     more = {"reward": {"kind": "data"}, "eval": {"prompts": 0}, "select": {"k": 1}, "run": {"steps": 4}}
-    more |= {"loss": {"name": "DPO"}, "checkpoint": {"every": 2, "keep_last": 3}, "reference": reference}
+    more |= {"loss": {"name": loss}, "checkpoint": {"every": 2, "keep_last": 3}, "reference": reference}
     path = write_run(tmp_path, tiny_model, **offline, **more)
     train(load_config(str(path)))
     run = tmp_path / "runs/r"

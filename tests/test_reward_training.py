@@ -18,7 +18,6 @@ from ampo_fast.reward_training import (
     Item,
     RewardTrainer,
     ScoreInfoNCA,
-    divergent_similarity,
     fit_length_weight,
     make_reward_loss,
     train_reward,
@@ -175,7 +174,6 @@ def test_length_is_fitted_and_dropped(tiny_model, tmp_path):
 
 
 def test_the_length_weight_is_the_log_odds_by_hand(tiny_model):
-    from ampo_fast.reward_model import EncodedGroup
 
     def item(first, second, rewards):
         given = tuple(GivenResponse(content="x", reward=r) for r in rewards)
@@ -253,16 +251,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monke
     (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         train_reward(config, resume=True)
-
-
-def test_pcrms_similarity_is_that_of_the_parts_that_diverge():
-    ids = ((1, 2, 3, 4, 9), (1, 2, 5, 9), (1, 2, 3, 4, 9), (7, 9))
-    items = [Item(None, EncodedGroup("a", ids, 0)), Item(None, EncodedGroup("b", ids[:2], 0))]
-    found = divergent_similarity(items)
-    assert found.shape == (2, 4, 4)
-    expected = [[1, 2 / 3, 1, 2 / 5], [2 / 3, 1, 2 / 3, 2 / 4], [1, 2 / 3, 1, 2 / 5], [2 / 5, 2 / 4, 2 / 5, 1]]
-    assert torch.allclose(found[0], torch.tensor(expected))
-    assert torch.allclose(found[1, :2, :2], torch.tensor([[1, 2 / 3], [2 / 3, 1]]))
 
 
 def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):

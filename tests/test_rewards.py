@@ -4,7 +4,15 @@ import pytest
 import torch
 from builders import config, group, prompt
 
-from ampo_fast.rewards import check_missing, make_reward, normalize_rewards, relevance, score_groups, valid_candidates
+from ampo_fast.rewards import (
+    check_missing,
+    make_reward,
+    normalize_rewards,
+    normalizer_for,
+    relevance,
+    score_groups,
+    valid_candidates,
+)
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt
 
 NAN = math.nan
@@ -30,6 +38,51 @@ def test_normalisation_rules_by_hand_and_over_the_valid_only():
         assert math.isnan(normalize_rewards(raw, valid, rule)[3])
     assert normalize_rewards((2.0, 2.0), (True, True), "minmax") == (0.5, 0.5)
     assert normalize_rewards((2.0, 2.0), (True, True), "zscore") == (0.0, 0.0)
+
+
+def test_win_rates_are_against_the_other_valid_candidates():
+    rates = normalize_rewards((1.0, 3.0, 2.0, 99.0), (True, True, True, False), "win_rate")
+
+    def s(x):
+        return 1 / (1 + math.exp(-x))
+
+    assert rates[:3] == pytest.approx(((s(-2) + s(-1)) / 2, (s(2) + s(1)) / 2, 0.5), abs=1e-12)
+    assert math.isnan(rates[3])
+    assert normalize_rewards((7.0, 7.0), (True, True), "win_rate") == (0.5, 0.5)
+
+
+def test_several_rewards_are_normalised_one_by_one_and_averaged():
+    settings = config(
+        reward={"kind": ["toy_rewards:vowels", "toy_rewards:sometimes_missing"], "max_missing_share": 0.5}
+    )
+    groups = [group(["abe", "xyz", "aeiou", "lost"])]
+    found = make_reward(settings)(groups)
+    vowels, lengths = [2 / 4, 0.0, 5 / 6], [3.0, 3.0, 5.0]
+    assert found[0][:3] == [pytest.approx(pair) for pair in zip(vowels, lengths, strict=True)]
+    (scored,) = score_groups(groups, make_reward(settings), FakeEmbedder(), settings)
+    assert scored.valid == (True, True, True, False)  # one of its rewards is missing
+    kept = [True] * 3
+    rates = [normalize_rewards(values, kept, "win_rate") for values in (vowels, lengths)]
+    assert scored.reward[:3] == pytest.approx([(a + b) / 2 for a, b in zip(*rates, strict=True)], abs=1e-12)
+    assert scored.reward_raw[:3] == pytest.approx([(a + b) / 2 for a, b in zip(vowels, lengths, strict=True)])
+    assert scored.reward_by_scorer[1][:3] == (3.0, 3.0, 5.0)
+    with pytest.raises(ValueError, match=r"p0\[3\]"):
+        check_missing(groups, found, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "rule"),
+    [
+        ("CaPO", "relevance", "win_rate"),
+        ("AMPO", "relevance", "minmax"),
+        ("AMPO", ["relevance", "m:f"], "win_rate"),
+        ("MMPO", "relevance", "none"),
+    ],
+)
+def test_the_automatic_rule_goes_by_the_loss_and_the_number_of_rewards(loss, kind, rule):
+    settings = config(loss={"name": loss}, reward={"kind": kind})
+    assert normalizer_for(settings) == rule
+    assert normalizer_for(config(loss={"name": loss}, reward={"kind": kind, "normalize": "zscore"})) == "zscore"
 
 
 def test_empty_duplicate_and_unscored_candidates_are_invalid():

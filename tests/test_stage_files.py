@@ -72,6 +72,16 @@ def same(a, b):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
+def test_the_rewards_of_several_scorers_come_back():
+    two = dataclasses.replace(make_scored(), reward_by_scorer=((0.0, NAN, 1 / 3, 1.0), (0.2, 1.0, 1 / 3, 0.4)))
+    row = through_json(row_from_scored(two))
+    assert row["responses"][1]["reward_by_scorer"] == [None, 1.0]
+    assert raw_rewards(row)[2] == (1 / 3, 1 / 3)
+    again = scored_from_row(row, two.embedding).reward_by_scorer
+    assert len(again) == 2
+    assert all(same(a, b) for a, b in zip(again, two.reward_by_scorer, strict=True))
+
+
 def test_row_has_the_stated_keys_in_every_stage():
     keys = ["content", "token_ids", "logp", "finish_reason", "version", "reward_raw", "reward", "selected"]
     for row in (row_from_group(make_group()), row_from_scored(make_scored()), row_from_selected(make_selected())):

@@ -11,6 +11,7 @@ import torch
 from runs import command, comparable, reached, write_run
 
 from ampo_fast.config import load_config
+from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.trainer import train
 
 WHOLE = [
@@ -241,16 +242,18 @@ def test_pairs_train_every_pairwise_loss(tiny_model, tmp_path, loss):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_mmpos_first_loss_is_that_of_the_targets(tiny_model, tmp_path):
-    # Policy and reference are equal at first, so beta z = 0 and every pair's loss is log 2, whatever its target.
+@pytest.mark.parametrize(("name", "params"), [("MMPO", {"gamma": {"agreement": 0.7}}), ("BMC", {})])
+def test_the_first_loss_is_that_of_an_untrained_policy(tiny_model, tmp_path, name, params):
+    # Policy and reference are equal at first, so beta z = 0 and every pair's loss is log 2, whatever target or weights.
     path = write_pairs(
         tmp_path,
         tiny_model,
         pair_rows(),
-        loss={"name": "MMPO", "params": {"gamma": 2.2}},
+        loss={"name": name, "params": params},
         optim={"prompts_per_step": 4},
     )
-    train(load_config(str(path), ["--run.steps", "1"]))
+    summary = train(load_config(str(path), ["--run.steps", "1"]))
+    assert summary.get("gamma") == (pytest.approx(gamma_for_agreement([0.5, 0.1, 0.0, 0.9], 0.7)) if params else None)
     (row,) = [row for row in comparable(tmp_path / "runs/r") if "loss" in row]
     assert row["loss"] == pytest.approx(0.6931472, abs=1e-4)
 

@@ -42,6 +42,10 @@ class Sum(Loss):
     def uses_reference(self) -> bool:
         return any(loss.uses_reference for _, loss in self.terms)
 
+    @property
+    def needs_reference_rows(self) -> bool:
+        return any(loss.needs_reference_rows for _, loss in self.terms)
+
     def __call__(self, stats: ResponseStats) -> LossOutput:
         parts = [(weight, loss(stats)) for weight, loss in self.terms]
         per_group_B = sum(weight * part.per_group_B for weight, part in parts)

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ampo_fast.losses.pairs import GroupView, PairwiseLoss, gap, soft_label_loss
-from ampo_fast.losses.stats import ResponseStats, check_positive, segment_sum
+from ampo_fast.losses.stats import check_positive, segment_sum
+from ampo_fast.losses.token_diff import changed_against, divergent_similarity, token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,17 @@ def calibrated_reward(reward_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.T
 class CaPO(PairwiseLoss):
     """(R_ca(y_w) - R_ca(y_l) - beta z)^2, R_ca the win rate against the group's other responses (arXiv 2502.02588).
 
-    Equal rewards: a target of 0. The paper's diffusion time weight has no counterpart here.
+    calibrated: the rewards are win rates already, say against candidates that are not trained on, averaged over several
+    rewards. Equal rewards: a target of 0. The paper's diffusion time weight has no counterpart here.
     """
+
+    calibrated: bool = False
 
     soft_labels: ClassVar[bool] = True
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
-        target_BGG = gap(calibrated_reward(view.reward_BG, view.groups.mask_BG))
+        given_BG = view.reward_BG if self.calibrated else calibrated_reward(view.reward_BG, view.groups.mask_BG)
+        target_BGG = gap(given_BG)
         return (target_BGG - self.beta * gap(view.log_ratio_BG)).square()
 
 
@@ -85,8 +90,8 @@ def length_similarity(length_BG: torch.Tensor) -> torch.Tensor:
 class DPOPCRM(PairwiseLoss):
     """-log s(beta z) - log s(d* - beta z): DPO with PCRM's bound d* = beta1 / (sim + beta2) + beta3 (arXiv 2404.00978).
 
-    sim is the shorter response's length over the longer one's; the released code measures the parts that diverge, which
-    no per-response statistic shows.
+    sim is shorter over longer of the parts that follow the common beginning, in tokens (token_diff.divergent_similarity);
+    without target_R, of the whole responses. The released DPO code takes the cosine of two sentence embeddings.
     """
 
     beta1: float = 6.0
@@ -95,30 +100,47 @@ class DPOPCRM(PairwiseLoss):
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
         logit_BGG = self.beta * gap(view.log_ratio_BG)
-        bound_BGG = prior_bound(length_similarity(view.length_BG), self.beta1, self.beta2, self.beta3)
+        bound_BGG = prior_bound(self._similarity(view), self.beta1, self.beta2, self.beta3)
         return -logsigmoid(logit_BGG) - logsigmoid(bound_BGG - logit_BGG)
+
+    def _similarity(self, view: GroupView) -> torch.Tensor:
+        if view.stats.target_R is None:
+            return length_similarity(view.length_BG)
+        return divergent_similarity(token_ids(view.stats)).to(view.length_BG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BMC(PairwiseLoss):
-    """DPO on x = sum_t (1 + min(1/pi(y_t), delta)) log pi(y_t) - ref_logp, the weights detached (arXiv 2408.07471).
+    """-log s(beta (x_w - x_l)), x = sum_t lambda_t log pi(y_t)/pi_ref(y_t) (arXiv 2408.07471, DPO-BMC).
 
-    ref_logp_M is subtracted as given: like the released code, weight the reference's tokens by the reference's own
-    probabilities before summing. Every token counts as changed between the two responses: which ones a diff would name is
-    not in ResponseStats.
+    lambda_t = 1 + min(1/pi(y_t), delta), detached, on the tokens that differ between the two responses, else 1. The tokens
+    are those of target_R; without it every one counts as changed. The reference's tokens are weighted alike where
+    ref_logp_R is given; else ref_logp_M is subtracted as it is. The released code also leaves English stop words at 1, and
+    weights the reference's tokens by the reference's own probabilities.
     """
 
     beta: float = 0.05
     delta: float = 2.0
 
     needs_rows: ClassVar[bool] = True
-
-    def log_ratios(self, stats: ResponseStats) -> torch.Tensor:
-        if stats.logp_R is None or stats.response_offsets is None:
-            raise ValueError("BMC weights tokens: it needs logp_R and response_offsets (the fused op gives both)")
-        weight_R = 1.0 + torch.exp(-stats.logp_R.detach()).clamp(max=self.delta)
-        x_M = segment_sum(weight_R * stats.logp_R, stats.response_offsets)
-        return x_M if stats.ref_logp_M is None else x_M - stats.ref_logp_M
+    needs_reference_rows: ClassVar[bool] = True
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
-        return -logsigmoid(self.beta * gap(view.log_ratio_BG))
+        stats = view.stats
+        if stats.logp_R is None or stats.response_offsets is None:
+            raise ValueError("BMC weights tokens: it needs logp_R and response_offsets (the fused op gives both)")
+        if not view.mask_BGG.numel():
+            return view.mask_BGG.to(stats.logp_R)
+        extra_R = torch.exp(-stats.logp_R.detach()).clamp(max=self.delta)
+        weight_RG = 1.0 + extra_R[:, None] * changed_against(stats, view.mask_BGG)
+        x_BGG = torch.stack([self._weighted_ratios(view, weight_R) for weight_R in weight_RG.unbind(1)], dim=2)
+        return -logsigmoid(self.beta * (x_BGG - x_BGG.transpose(1, 2)))
+
+    def _weighted_ratios(self, view: GroupView, weight_R: torch.Tensor) -> torch.Tensor:
+        """[B, G]: x of every response by these weights."""
+        stats = view.stats
+        by_token = stats.ref_logp_R is not None
+        ratio_R = stats.logp_R - stats.ref_logp_R if by_token else stats.logp_R
+        x_M = segment_sum(weight_R * ratio_R, stats.response_offsets)
+        is_subtracted = by_token or stats.ref_logp_M is None
+        return view.groups.pad(x_M if is_subtracted else x_M - stats.ref_logp_M, 0.0)

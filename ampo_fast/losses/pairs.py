@@ -61,17 +61,28 @@ class GroupView:
     logp_BG: torch.Tensor
     length_BG: torch.Tensor
     reward_BG: torch.Tensor
+    mask_BGG: torch.Tensor
+    """The pairs (i preferred, j) that are compared."""
+    equal_BGG: torch.Tensor
+    """The pairs of equal reward."""
+    stats: ResponseStats
 
     @classmethod
-    def of(cls, stats: ResponseStats, log_ratio_M: torch.Tensor) -> GroupView:
+    def of(cls, stats: ResponseStats, log_ratio_M: torch.Tensor, pairs: str, keep_equal: bool) -> GroupView:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         work = stats.logp_M.dtype
+        reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
+        positive_BG = None if stats.positive_M is None else groups.pad(stats.positive_M.bool(), False)
+        mask_BGG, equal_BGG = preferred_pairs(groups, reward_BG, pairs, positive_BG, keep_equal)
         return cls(
             groups=groups,
             log_ratio_BG=groups.pad(log_ratio_M, -1.0),
             logp_BG=groups.pad(stats.logp_M, -1.0),
             length_BG=groups.pad(stats.length_M.to(work), 1.0),
-            reward_BG=groups.pad(stats.reward_M.to(work), 0.0),
+            reward_BG=reward_BG,
+            mask_BGG=mask_BGG,
+            equal_BGG=equal_BGG,
+            stats=stats,
         )
 
     @property
@@ -95,11 +106,9 @@ class PairwiseLoss(Loss):
         check_choice("pairs", self.pairs, ("all", "best_vs_rest"))
 
     def __call__(self, stats: ResponseStats) -> LossOutput:
-        view = GroupView.of(stats, self.log_ratios(stats))
-        positive_BG = None if stats.positive_M is None else view.groups.pad(stats.positive_M.bool(), False)
-        mask_BGG, equal_BGG = preferred_pairs(view.groups, view.reward_BG, self.pairs, positive_BG, self.soft_labels)
-        per_group_B = mean_over_pairs(self.pair_terms(view), mask_BGG)
-        return mean_output(per_group_B, **self._metrics(view, mask_BGG, equal_BGG))
+        view = GroupView.of(stats, self.log_ratios(stats), self.pairs, self.soft_labels)
+        per_group_B = mean_over_pairs(self.pair_terms(view), view.mask_BGG)
+        return mean_output(per_group_B, **self._metrics(view))
 
     def log_ratios(self, stats: ResponseStats) -> torch.Tensor:
         return stats.log_ratio_M if self.uses_reference else stats.logp_M
@@ -109,11 +118,11 @@ class PairwiseLoss(Loss):
         raise NotImplementedError
 
     @torch.no_grad()
-    def _metrics(self, view: GroupView, mask_BGG, equal_BGG) -> dict[str, torch.Tensor]:
+    def _metrics(self, view: GroupView) -> dict[str, torch.Tensor]:
         """Sums, so that they add up over chunks: pairs, pairs of equal reward, pairs that the policy ranks right."""
-        judged_BGG = mask_BGG & ~equal_BGG
+        judged_BGG = view.mask_BGG & ~view.equal_BGG
         is_right_BGG = judged_BGG & (gap(view.log_ratio_BG) > 0)
-        return {"pairs": mask_BGG.sum(), "pairs_equal": equal_BGG.sum(), "pairs_right": is_right_BGG.sum()}
+        return {"pairs": view.mask_BGG.sum(), "pairs_equal": view.equal_BGG.sum(), "pairs_right": is_right_BGG.sum()}
 
 
 def soft_label_loss(logit: torch.Tensor, target: torch.Tensor | float) -> torch.Tensor:

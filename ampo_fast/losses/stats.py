@@ -33,6 +33,9 @@ class ResponseStats:
     """[M + 1] int64, CPU."""
     logp_R: torch.Tensor | None = None
     eos_logp_R: torch.Tensor | None = None
+    target_R: torch.Tensor | None = None
+    """The responses' token ids."""
+    ref_logp_R: torch.Tensor | None = None
 
     @property
     def log_ratio_M(self) -> torch.Tensor:
@@ -52,11 +55,13 @@ class Loss:
     """What the fused op and the trainer read from a loss before they call it."""
 
     needs_rows: ClassVar[bool] = False
-    """Whether it reads response_offsets, logp_R and eos_logp_R."""
+    """Whether it reads response_offsets, logp_R, eos_logp_R and target_R."""
     needs_eos: ClassVar[bool] = False
     """Whether it reads EOS log-probs (the caller passes eos_id)."""
     uses_reference: ClassVar[bool] = False
     """Whether its published form divides by a reference policy."""
+    needs_reference_rows: ClassVar[bool] = False
+    """Whether it wants the reference's log-probs token by token (ref_logp_R), not only summed."""
 
 
 class Groups:

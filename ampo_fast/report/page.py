@@ -108,12 +108,13 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     params = ", ".join(f"{key} {value}" for key, value in (setting("loss.params") or {}).items())
     limit = setting("rollout.max_new_tokens")
     given = setting("rollout.engine") == "data"
+    reward = setting("reward.kind")
     return [
         ("model", f"{setting('model.path')} ({setting('model.dtype')})"),
         ("prompts", f"{setting('data.train')}; held out: {setting('data.eval') or 'none'}"),
         ("answers", "given with the data" if given else f"{setting('rollout.n')} a prompt, up to {limit} tokens, "
          f"temperature {setting('rollout.temperature')}"),
-        ("reward", f"{setting('reward.kind')}, normalised: {setting('reward.normalize')}"),
+        ("reward", f"{', '.join(reward) if isinstance(reward, list) else reward}, normalised: {setting('reward.normalize')}"),
         ("selection", f"1 + {setting('select.k')} by {setting('select.strategy')}"),
         ("loss", f"{setting('loss.name')}{f' ({params})' if params else ''}"),
         ("optimizer", f"AdamW, lr {setting('optim.lr')}, {setting('optim.prompts_per_step')} prompts a step"),
