@@ -129,6 +129,43 @@ def test_one_rank_gets_all_that_it_answers():
         raise IncompleteBatch("gone")
 
 
+AGREEING = """
+from ampo_fast import distributed
+from ampo_fast.canary import SyncError
+def fail():
+    class Local(Exception): pass  # which no other process has
+    raise Local("disk full")
+with distributed.process_group(60):
+    assert distributed.dealt_by_main(lambda: ["of 0", "of 1"]) == f"of {distributed.rank()}"
+    with distributed.together():
+        pass
+    for work in (lambda: distributed.on_main(fail), lambda: distributed.dealt_by_main(fail)):
+        try:
+            work()
+        except Exception as error:
+            assert type(error).__name__ == ("Local" if distributed.is_main() else "RuntimeError")
+            assert str(error).endswith("disk full")
+    with distributed.together():
+        if distributed.rank() == 1:
+            raise SyncError("vllm of rank 1 is stale")
+"""
+
+
+def test_what_stops_one_rank_stops_the_other_with_the_same_words():
+    """As a canary that fails in one rank's own engine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(vllm_process.free_port("127.0.0.1")), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREEING], env=environment() | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        _, err = rank.communicate(timeout=200)
+        assert err.splitlines()[-1].endswith("ampo_fast.canary.SyncError: vllm of rank 1 is stale")
+
+
 def test_a_server_does_not_see_what_torchrun_tells_this_rank(monkeypatch):
     told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
