@@ -9,8 +9,9 @@ import contextlib
 import datetime
 import itertools
 import os
+import pickle
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -172,10 +173,42 @@ def on_main(work: Callable[[], T]) -> T:
             result = work()
         except Exception as caught:  # whatever stops rank 0 must stop the others too, with the same words
             error = caught
-    result, error = from_main((result, error))
-    if error is not None:
-        raise error
+    result, told = from_main((result, _portable(error)))
+    if told is not None:
+        raise error or told
     return result
+
+
+def dealt_by_main(work: Callable[[], Sequence[T]]) -> T:
+    """Runs work on rank 0 alone: it makes one value a rank, and each rank gets its own; an exception is every rank's."""
+    made: list[T] = []
+    on_main(lambda: made.extend(work()))
+    if world_size() == 1:
+        return made[0]
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, made or None, src=0)
+    return own[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What any rank raises inside is raised on every rank. All must enter; inside none may wait for another."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = next((other for other in all_gather(_portable(error)) if other is not None), None)
+    if told is not None:
+        raise error or told
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error as other ranks can receive it: itself, or its name and words where it cannot be pickled and read back."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

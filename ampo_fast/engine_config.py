@@ -35,6 +35,11 @@ class VllmConfig(Section):
     transfer_host: str = Field("127.0.0.1", description='Our address as the servers of transfer = "nccl" reach it.')
     memory_share: Share = Field(0.4, description="Of the GPU, for weights and keys and values (unused on a CPU).")
     max_model_len: Count = Field(0, description="Prompt + response tokens; 0: the model's own limit.")
+    sleep_level: Literal[0, 1, 2] | None = Field(
+        None,
+        description="Of the engine in this process while it is not asked: 0 keeps its memory, 1 moves the weights to host "
+        "memory, 2 drops them and has them handed over again; keys and values go at 1 and 2. Default 2 on CUDA, else 0.",
+    )
     enforce_eager: bool = Field(False, description="No CUDA graphs or compilation: starts faster, samples slower.")
     start_timeout_s: Seconds = Field(600.0, description="Until a started server answers.")
     request_timeout_s: Seconds = Field(600.0, description="One prompt's candidates.")

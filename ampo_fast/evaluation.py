@@ -15,7 +15,7 @@ from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses, packed_length
 from ampo_fast.rewards import RewardFn, score_groups
-from ampo_fast.rollouts import RolloutEngine, rank_batches
+from ampo_fast.rollouts import RolloutEngine, rank_batches, shared_answers
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup
 
 
@@ -41,9 +41,11 @@ def evaluate(
     """
     sampling = eval_sampling(config)
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
-    batches = rank_batches(lengths, config.eval.samples, config.rollout.batch_rows, sampling.max_new_tokens)
-    mine = [i for batch in batches for i in batch]
-    own_groups = engine.generate([prompts[i] for i in mine], config.eval.samples, sampling)
+    ranks = rank_batches(lengths, config.eval.samples, config.rollout.batch_rows, sampling.max_new_tokens)
+    shares = [[i for batch in batches for i in batch] for batches in ranks]
+    mine = shares[distributed.rank()]
+    own_groups = _answers(engine, [[prompts[i] for i in share] for share in shares], config.eval.samples, sampling)
+    engine.rest()
     own_scored = score_groups(own_groups, reward_fn, embedder, config)
     own_logp = [response_logp(each, own_groups, config.optim.micro_batch_tokens) for each in (policy, load_start())]
     parts = distributed.all_gather((mine, own_scored, own_logp))
@@ -52,6 +54,16 @@ def evaluate(
     groups = [group.group for group in scored]
     own_R, start_R = (torch.cat([logp[i] for _, _, logp in parts]) for i in range(2))
     return Evaluation(scored=scored, metrics=_reward_metrics(scored) | _text_metrics(groups) | _drift(own_R, start_R))
+
+
+def _answers(
+    engine: RolloutEngine, shares: Sequence[Sequence[Prompt]], n: int, sampling: Sampling
+) -> list[CandidateGroup]:
+    """This rank's share of the groups."""
+    engine.start()
+    if engine.answers_for_all:
+        return shared_answers(lambda: engine.generate([p for share in shares for p in share], n, sampling), shares)
+    return engine.generate(shares[distributed.rank()], n, sampling)
 
 
 def eval_sampling(config: Config) -> Sampling:

@@ -23,7 +23,7 @@ _MAX_SHOWN = 400
 class HttpError(ConnectionError):
     """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off)."""
 
-    def __init__(self, message: str, is_passing: bool) -> None:
+    def __init__(self, message: str, is_passing: bool = False) -> None:
         super().__init__(message)
         self.is_passing = is_passing
 

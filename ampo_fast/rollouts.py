@@ -6,7 +6,7 @@ Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -22,15 +22,23 @@ class RolloutEngine(Protocol):
     version: int
     answers_singly: bool
     """Whether a prompt's answers do not depend on the batch it is in: then a broken batch is not repeated whole."""
+    answers_for_all: bool
+    """Whether rank 0's engine answers every rank's prompts, in one call: its generate takes `keep` besides, which is called
+    with each group as soon as that is finished, and the other ranks' engines are asked for nothing."""
     sync_metrics: Mapping[str, float]
     """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
 
     def start(self) -> None:
-        """Makes it ready to answer with the policy's weights as they are; where it is ready nothing happens."""
+        """Makes it ready to answer with the policy's weights as they are; where it is ready nothing happens. All ranks
+        call it together, as they do load_weights: what one meets all raise."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
+        ...
+
+    def rest(self) -> None:
+        """Gives back what memory it can until it is asked or handed weights again."""
         ...
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None: ...
@@ -41,7 +49,7 @@ class RolloutEngine(Protocol):
 class IncompleteBatch(ConnectionError):
     """Some prompts of a batch could not be answered; `finished` holds the groups of those that were."""
 
-    def __init__(self, message: str, finished: Sequence[CandidateGroup]) -> None:
+    def __init__(self, message: str, finished: Sequence[CandidateGroup] = ()) -> None:
         super().__init__(message)
         self.finished = list(finished)
 
@@ -57,11 +65,23 @@ def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_rank
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def rank_batches(lengths: Sequence[int], n: int, batch_rows: int, max_new_tokens: int) -> list[list[int]]:
-    """The generation batches of this rank: whole batches, dealt over the ranks by their tokens."""
+def rank_batches(lengths: Sequence[int], n: int, batch_rows: int, max_new_tokens: int) -> list[list[list[int]]]:
+    """Each rank's generation batches: whole batches, dealt over the ranks by their tokens."""
     batches = generation_batches(lengths, n, batch_rows, distributed.world_size())
     weights = [sum(lengths[i] + n * max_new_tokens for i in batch) for batch in batches]
-    return [batches[i] for i in balanced_shares(weights, distributed.world_size())[distributed.rank()]]
+    return [[batches[i] for i in share] for share in balanced_shares(weights, distributed.world_size())]
+
+
+def shared_answers(
+    answer: Callable[[], Sequence[CandidateGroup]], shares: Sequence[Sequence[Prompt]]
+) -> list[CandidateGroup]:
+    """Runs answer on rank 0 alone, for all prompts; each rank gets the groups of its share, or rank 0's exception."""
+
+    def deal() -> list[list[CandidateGroup]]:
+        by_id = {group.prompt.id: group for group in answer()}
+        return [[by_id[prompt.id] for prompt in share] for share in shares]
+
+    return distributed.dealt_by_main(deal)
 
 
 def stream_seed(*parts: object) -> int:
@@ -74,6 +94,7 @@ class DataEngine:
     """Offline: the candidates are the responses that came with the data, tokenised once."""
 
     answers_singly = True
+    answers_for_all = False
     sync_metrics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, policy: Policy) -> None:
@@ -81,6 +102,9 @@ class DataEngine:
         self.version = 0
 
     def start(self) -> None:
+        pass
+
+    def rest(self) -> None:
         pass
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
@@ -113,6 +137,7 @@ class TransformersEngine:
     """
 
     answers_singly = False
+    answers_for_all = False
     sync_metrics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, policy: Policy, batch_rows: int) -> None:
@@ -121,6 +146,9 @@ class TransformersEngine:
         self.version = 0
 
     def start(self) -> None:
+        pass
+
+    def rest(self) -> None:
         pass
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

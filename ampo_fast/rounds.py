@@ -15,7 +15,7 @@ from ampo_fast.lookahead import Lookahead
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
-from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches
+from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches, shared_answers
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import (
@@ -90,32 +90,44 @@ class RoundMaker:
     def _groups(self, index: int, progress: TrainingProgress) -> list[CandidateGroup]:
         """This rank's groups of the round: those sampled ahead, or sampled now."""
         self.overlap_metrics = {}
-        if self._ahead is not None:
-            with progress.phase("generate"):
-                made = self._ahead.take(index)
-            if made is not None:
-                hidden_s = max(0.0, made.made_s - made.waited_s)
-                self.overlap_metrics = {"overlap/generate_s": made.made_s, "overlap/hidden_s": hidden_s}
-                return made.groups
         batches = self._batches(index)
         with progress.phase("generate", total=sum(map(len, batches))):
-            return self._generate(index, batches, progress.advance)
+            self.engine.start()
+            if not self.engine.answers_for_all:
+                groups = self._answered(index, batches, progress.advance)
+            else:
+                shares = [[prompt for batch in rank for prompt in batch] for rank in self._rank_batches(index)]
+                groups = shared_answers(lambda: self._answered(index, batches, progress.advance), shares)
+            self.engine.rest()
+        return groups
+
+    def _answered(
+        self, index: int, batches: Sequence[Sequence[Prompt]], advance: Callable[[int], None]
+    ) -> list[CandidateGroup]:
+        """What this rank's engine answers of the round: ahead, or now."""
+        made = self._ahead.take(index) if self._ahead is not None else None
+        if made is None:
+            return self._generate(index, batches, advance)
+        hidden_s = max(0.0, made.made_s - made.waited_s)
+        self.overlap_metrics = {"overlap/generate_s": made.made_s, "overlap/hidden_s": hidden_s}
+        return made.groups
 
     def _begin_next(self, index: int) -> None:
         """Sets the round after `index` going with the weights that the engine has, unless it is made or the run ends."""
         following = index + 1
         is_last = self._first_step(following) >= self.config.run.steps
-        if self._ahead is None or is_last or self._path(following).exists():
+        if self._ahead is None or is_last or distributed.on_main(self._path(following).exists):
             return
         self.engine.start()  # on this thread: it checks the engine against the policy, which no other may run
         batches = self._batches(following)
-        self._ahead.begin(following, lambda: self._generate(following, batches))
+        if batches:  # none where another rank answers for this one
+            self._ahead.begin(following, lambda: self._generate(following, batches))
 
     def wait(self, progress: TrainingProgress) -> None:
         """Returns when no request is in flight, so that weights can be handed over; the wait counts as "generate"."""
         if self._ahead is not None:
             with progress.phase("generate"):
-                self._ahead.wait()
+                distributed.on_main(self._ahead.wait)
 
     def close(self) -> None:
         """Ends the thread that samples ahead; its engine is to be closed before."""
@@ -183,18 +195,25 @@ class RoundMaker:
         return self._path(index).with_suffix(f".partial{distributed.rank() or ''}.jsonl")
 
     def _batches(self, index: int) -> list[list[Prompt]]:
-        """This rank's prompts of the round, by the batches in which they are answered."""
+        """The prompts of the round that this rank's engine answers, by the calls that it is asked in."""
+        if self.engine.answers_for_all:
+            return [self.sampler.round(index)] if distributed.is_main() else []
+        return self._rank_batches(index)[distributed.rank()]
+
+    def _rank_batches(self, index: int) -> list[list[list[Prompt]]]:
+        """Each rank's prompts of the round, by the batches that are decoded together."""
         rollout, prompts = self.config.rollout, self.sampler.round(index)
         lengths = [len(self.policy.encode_prompt(prompt.messages)) for prompt in prompts]
-        batches = rank_batches(lengths, rollout.n, rollout.batch_rows, rollout.max_new_tokens)
-        return [[prompts[i] for i in batch] for batch in batches]
+        ranks = rank_batches(lengths, rollout.n, rollout.batch_rows, rollout.max_new_tokens)
+        return [[[prompts[i] for i in batch] for batch in batches] for batches in ranks]
 
     def _generate(
         self, index: int, batches: Sequence[Sequence[Prompt]], advance: Callable[[int], None] = lambda count: None
     ) -> list[CandidateGroup]:
-        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch.
+        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch
+        (of an engine that answers for all: nothing that was finished).
 
-        advance is told how many prompts each batch held.
+        advance is told of prompts as they are answered.
         """
         rollout = self.config.rollout
         sampling = Sampling(
@@ -210,20 +229,31 @@ class RoundMaker:
             done = writer.groups(mine)
             for batch in batches:
                 missing = [prompt for prompt in batch if prompt.id not in done]
-                if missing:
-                    groups = self._answers(missing if self.engine.answers_singly else batch, sampling, writer)
+                asked = missing if self.engine.answers_singly or not missing else batch
+                advance(len(batch) - len(asked))
+                if asked:
+                    groups = self._answers(asked, sampling, writer, advance)
                     done |= {group.prompt.id: group for group in groups}
-                advance(len(batch))
         return [done[prompt.id] for prompt in mine]
 
-    def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter) -> list[CandidateGroup]:
+    def _answers(
+        self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter, advance: Callable[[int], None]
+    ) -> list[CandidateGroup]:
         """The engine's groups, written down; also those of a batch that it could not finish."""
+
+        def keep(groups: Sequence[CandidateGroup]) -> None:
+            writer.write(groups)
+            advance(len(groups))
+
+        n = self.config.rollout.n
+        if self.engine.answers_for_all:
+            return self.engine.generate(prompts, n, sampling, keep=lambda group: keep([group]))
         try:
-            groups = self.engine.generate(prompts, self.config.rollout.n, sampling)
+            groups = self.engine.generate(prompts, n, sampling)
         except IncompleteBatch as failure:
-            writer.write(failure.finished)
+            keep(failure.finished)
             raise
-        writer.write(groups)
+        keep(groups)
         return groups
 
 

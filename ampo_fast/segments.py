@@ -34,6 +34,7 @@ class SegmentEngine:
     """A RolloutEngine whose groups are (given answer, the answer with a segment of at most `tokens` tokens written anew)."""
 
     answers_singly = False
+    answers_for_all = False
     sync_metrics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, given: DataEngine, writer: TransformersEngine, tokens: int) -> None:
@@ -41,6 +42,9 @@ class SegmentEngine:
         self.version = 0
 
     def start(self) -> None:
+        pass
+
+    def rest(self) -> None:
         pass
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:

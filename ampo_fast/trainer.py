@@ -173,9 +173,10 @@ class Trainer:
             self._push(version)
 
     def _push(self, version: int) -> None:
-        for engine in dict.fromkeys((self.engine, self.actor_engine)):
+        """The actor first: another engine is handed its whole tensors, and is checked against it."""
+        for engine, source in ((self.actor_engine, self.policy), (self.engine, self.actor)):
             if engine.version != version:
-                push_weights(self.policy, engine, version)
+                push_weights(source, engine, version)
 
     # --- where we are ---------------------------------------------------------------------------------------------
 

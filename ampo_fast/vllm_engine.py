@@ -9,33 +9,43 @@ from typing import Any
 
 import torch
 
-from ampo_fast import canary
+from ampo_fast import canary, distributed
 from ampo_fast.canary import Canary
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, BadAnswer, read_candidate, request_fields
+from ampo_fast.weight_sync import named_weights
 
 
 class VllmEngine:
-    """Starts on first use, from the policy's own directory; later weights are handed over in memory.
+    """Starts on first use, from the policy's own directory; later weights are handed over in memory. Each rank has its own,
+    on its own device, but all must start it together: vLLM makes its groups of processes among all ranks.
 
-    Raises ValueError where vllm is not installed, and SyncError where it does not sample from the trainer's weights.
+    Raises ValueError where vllm is not installed or cannot sleep, and SyncError, on all ranks, where it does not sample
+    from the trainer's weights.
     """
 
     answers_singly = True
+    answers_for_all = False
 
     def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
         self.policy, self.options, self.dtype = policy, options, dtype
         self.version = 0
         self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(dtype))
+        self.sleep_level = sleep_level(options, policy.device.type)
+        self._is_asleep = False
         self._vllm = _import_vllm()
         self._llm: Any = None
 
     def start(self) -> None:
-        if self._llm is None:
+        is_new = self._llm is None
+        if is_new:
             self._start()
-            self._check()
+        if is_new or self._is_asleep:
+            with distributed.together():
+                self._wake()
+                self._check()
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         self.start()
@@ -50,18 +60,43 @@ class VllmEngine:
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self._llm is None:
             self._start()
+        with distributed.together():
+            self._load(named_tensors)
+            self.version = version
+            self._check()
+
+    def _load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Puts the tensors in the engine's place of weights, one at a time, and ends with the engine awake."""
         dtype = getattr(torch, self.dtype)
+        if self._is_asleep:
+            self._llm.wake_up(tags=["weights"])
         # A tied head is named beside its embedding by the caller: without it vLLM keeps a stale one.
-        weights = [(name, tensor.detach().to(dtype)) for name, tensor in named_tensors]
+        weights = ((name, tensor.detach().to(dtype)) for name, tensor in named_tensors)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._is_asleep:  # only now: the room for keys and values is not taken while weights are in two places
+            self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the old weights: its prefix cache could not be emptied")
-        self.version = version
-        self._check()
+
+    def rest(self) -> None:
+        """Leaves the GPU's memory to the training, at level 2 with the weights forgotten."""
+        if self._llm is not None and self.sleep_level and not self._is_asleep:
+            self._llm.sleep(level=self.sleep_level)
+            self._is_asleep = True
+
+    def _wake(self) -> None:
+        """The engine as it was; asked again at the version that it slept at, where the policy still is."""
+        if self._is_asleep and self.sleep_level == 2:
+            self._load(named_weights(self.policy))
+        elif self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
 
     def close(self) -> None:
-        if self._llm is not None:
+        """Ends the engine; with several ranks the end of the process does: vLLM's shutdown leaves the trainer's group too."""
+        if self._llm is not None and distributed.world_size() == 1:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
@@ -72,6 +107,8 @@ class VllmEngine:
     def _start(self) -> None:
         options = self.options
         limit = {"max_model_len": options.max_model_len} if options.max_model_len else {}
+        # One engine a rank, on the GPU of its LOCAL_RANK, within the group of processes that there is already.
+        ranks = {"distributed_executor_backend": "external_launcher"} if distributed.world_size() > 1 else {}
         self._llm = self._vllm.LLM(
             model=self.policy.source,
             dtype=self.dtype,
@@ -81,14 +118,17 @@ class VllmEngine:
             enable_prefix_caching=True,
             enforce_eager=options.enforce_eager,
             gpu_memory_utilization=options.memory_share,
+            enable_sleep_mode=self.sleep_level > 0,
             **limit,
+            **ranks,
         )
 
     def _check(self) -> None:
         self.canary.renew()
         fields = request_fields(self.policy, "canary", canary.NUM_SAMPLES, canary.SAMPLING)
         (samples,) = self._complete([self.canary.prompt_ids], [fields])
-        self.canary.check("vllm", self._score(self.canary.prompt_ids, self.canary.response_ids), samples)
+        name = "vllm" if distributed.world_size() == 1 else f"vllm of rank {distributed.rank()}"
+        self.canary.check(name, self._score(self.canary.prompt_ids, self.canary.response_ids), samples)
 
     def _complete(self, prompts: Sequence[Sequence[int]], fields: Sequence[dict[str, Any]]) -> list[list[Candidate]]:
         """The candidates of each prompt of token ids. Raises BadAnswer."""
@@ -114,6 +154,20 @@ class VllmEngine:
 
     def _tokens(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
         return [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+
+
+def sleep_level(options: VllmConfig, device: str) -> int:
+    """How deep the engine sleeps while others train on `device`'s memory. Raises ValueError for sleep on a CPU.
+
+    By default 2: weights that the next sync replaces are not worth a copy to host memory and back.
+    """
+    if device == "cuda":
+        return 2 if options.sleep_level is None else options.sleep_level
+    if options.sleep_level:
+        raise ValueError(
+            f"rollout.options.sleep_level = {options.sleep_level}: vLLM sleeps on CUDA only, this is a {device}; set it to 0"
+        )
+    return 0
 
 
 class _Vllm:

@@ -22,6 +22,11 @@ from ampo_fast.http_client import HttpError, JsonClient
 from ampo_fast.vllm_requests import HEAD_IN_FLOAT32
 
 _TAIL_BYTES = 3000
+_TORCHRUN = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""What torchrun tells each rank of the trainer (and TORCHELASTIC_*): a server that read it would join our ranks."""
 
 
 class ServerDied(ConnectionError):
@@ -62,8 +67,11 @@ class VllmProcess:
     def _launch(self, port: int) -> None:
         if self._is_closed:
             raise ServerDied(f"{self.name} was closed")
-        env = os.environ | {"VLLM_API_KEY": self._key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        env.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # pickle from the network: never
+        env = server_environment() | {
+            "VLLM_API_KEY": self._key,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         if self._device is not None:
             env["CUDA_VISIBLE_DEVICES"] = self._device
         with self._output.open("ab") as output:
@@ -121,6 +129,14 @@ class VllmProcess:
         self._output.unlink(missing_ok=True)
         with suppress(OSError):
             self._output.parent.rmdir()
+
+
+def server_environment() -> dict[str, str]:
+    """Ours, without what torchrun tells this rank and without leave to unpickle what the network brings."""
+    hidden = {*_TORCHRUN, "VLLM_ALLOW_INSECURE_SERIALIZATION"}
+    return {
+        name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int], list[str]]:

@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class VllmServerEngine:
     """Starts on first use. `close` ends the servers it started; those that ran already are left alone."""
 
     answers_singly = True
+    answers_for_all = True
 
     def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
         self.policy, self.options = policy, options
@@ -56,11 +57,23 @@ class VllmServerEngine:
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
-        """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        keep: Callable[[CandidateGroup], None] | None = None,
+    ) -> list[CandidateGroup]:
+        """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered.
+
+        keep is called on this thread with each group as soon as it is finished.
+        """
         self.start()
         with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
+            for future in as_completed(futures):
+                if keep is not None and future.exception() is None:
+                    keep(future.result())
         errors = [future.exception() for future in futures]
         failed = next((error for error in errors if error is not None), None)
         if failed is None:
@@ -198,6 +211,9 @@ class VllmServerEngine:
 
     def start(self) -> None:
         self._start()
+
+    def rest(self) -> None:
+        pass  # a server's GPU is its own
 
     def _start(self, check: bool = True) -> None:
         """Starts all servers. Those that ran already get our weights: they may serve an earlier run's."""

@@ -13,8 +13,8 @@ from ampo_fast.rollouts import RolloutEngine, TransformersEngine
 def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     """Streams the parameters, one at a time, into the engine as `version`; the tied head is sent beside the embedding.
 
-    (An engine that receives only the embedding keeps a stale head.) A sharded policy is gathered on the way, so every
-    rank must call it. Where the engine shares the policy's module nothing is copied.
+    (An engine that receives only the embedding keeps a stale head.) Every rank must call it: a sharded policy is gathered
+    on the way. Where the engine shares the policy's module nothing is copied.
     """
     is_shared = isinstance(engine, TransformersEngine) and engine.policy is policy
     engine.load_weights(version, () if is_shared else named_weights(policy))

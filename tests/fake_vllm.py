@@ -1,5 +1,6 @@
 """A stand-in for `vllm serve`: a real process and a real HTTP server that samples from a real (tiny) model, and fails on
-demand: a file fault.KIND in $FAKE_VLLM_DIR is taken by the next request that KIND is for. Answers are logged there."""
+demand: a file fault.KIND in $FAKE_VLLM_DIR is taken by the next request that KIND is for, fault.KIND.SEED by the one with
+that seed. Answers are logged there."""
 
 import argparse
 import json
@@ -19,7 +20,7 @@ from ampo_fast.model import Policy
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
-HERE = Path(os.environ["FAKE_VLLM_DIR"])
+HERE = Path(os.environ.get("FAKE_VLLM_DIR", "no faults"))
 NOBODY = Prompt(id="-", messages=())
 
 
@@ -67,8 +68,10 @@ class Server:
         return {"results": [None]}
 
 
-def take(kind):
+def take(kind, seed=None):
     """Whether this fault was asked for; each one is taken once, by one server."""
+    if seed is not None and take(f"{kind}.{seed}"):
+        return True
     try:
         (HERE / f"fault.{kind}").rename(HERE / f"taken.{kind}.{time.monotonic_ns()}")
     except FileNotFoundError:
@@ -99,10 +102,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, self.server_state.reload(body["kwargs"]["weights_path"]))
         if self.path == "/reset_prefix_cache":
             return self.reply(200, {"success": not take("keeps_cache")})
-        if is_sampling and take("die"):
+        if is_sampling and take("die", body["seed"]):
             print("the last words of a dying server", flush=True)
             os.killpg(0, signal.SIGKILL)
-        if is_sampling and take("hang"):
+        if is_sampling and take("hang", body["seed"]):
             time.sleep(600)
         if is_sampling and take("busy"):
             return self.reply(503, {"error": "busy"})

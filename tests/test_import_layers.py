@@ -19,7 +19,7 @@ LEVELS = [
      "reward_model",      "reward_evaluation", "mean_pooling",
      "reward_checkpoint", "classifier_settings", "active_pairs",
      "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
-     "vllm_replica", "lifeline", "engines", "lookahead", "vllm_transfer"},
+     "vllm_replica", "lifeline", "engines", "main_engine", "lookahead", "vllm_transfer"},
     {"report", "preview", "stages", "inspect_rows"},
     {"trainer", "reward_training", "evaluate"},
     {"cli"},

@@ -11,10 +11,12 @@ import pytest
 import tomli_w
 from builders import config
 from conftest import make_tiny_model
+from runs import torchrun
 
 from ampo_fast.engines import make_engine
 from ampo_fast.metrics import read_metrics
 from ampo_fast.rollouts import stream_seed
+from ampo_fast.stage_files import read_rows
 from ampo_fast.types import Sampling
 from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
 
@@ -46,15 +48,13 @@ def served_model(request, tmp_path_factory):
     return make_tiny_model(folder, hidden_size=128, intermediate_size=128, tie_word_embeddings=request.param)
 
 
-@needs_vllm
-@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
-def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path):
+def write_run(tmp_path, engine, steps=3):
     rows = [
         {"id": f"t{i}", "prompt": f"Say one thing about {w}."} for i, w in enumerate(["tea", "sun", "rain", "wolf"])
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
-        "run": {"name": "r", "dir": str(tmp_path), "steps": 3, "trackers": []},
+        "run": {"name": "r", "dir": str(tmp_path), "steps": steps, "trackers": [], "timeout_s": 300.0},
         "data": {"train": str(tmp_path / "train.jsonl")},
         "model": {"path": SMOLLM},
         "rollout": {
@@ -68,17 +68,41 @@ def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path)
     }  # fmt: skip
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(values))
-    summary = run("-m", "ampo_fast.cli", "train", str(path))
-    assert summary["steps"] == 3
-    steps = [row for row in read_metrics(tmp_path / "r" / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3]
+    return str(path)
+
+
+def assert_engine_and_trainer_equal(run_dir):
+    """-> the steps' metrics."""
+    steps = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
     for row in steps:
         assert row["sync/logp_difference"] <= 0.001
         assert row["sync/logp_change"] > 10 * row["sync/logp_difference"]
         if row["staleness/max"] == 0:
             assert row["sampling/sampling_logp_difference/mean"] <= 0.001
+    return steps
+
+
+@needs_vllm
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_three_steps_of_training_keep_engine_and_trainer_equal(engine, tmp_path):
+    summary = run("-m", "ampo_fast.cli", "train", write_run(tmp_path, engine))
+    assert summary["steps"] == 3
+    steps = assert_engine_and_trainer_equal(tmp_path / "r")
+    assert [row["step"] for row in steps] == [1, 2, 3]
     # The server samples the next step's answers while this one is trained.
     assert [row["staleness/max"] for row in steps] == ([0, 1, 1] if engine == "vllm-server" else [0, 0, 0])
+
+
+@needs_vllm
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.slow), "vllm-server"])
+def test_two_ranks_train_with_one_server_or_an_engine_each(engine, tmp_path):
+    summary = run(*torchrun(2)[1:], "-m", "ampo_fast.cli", "train", write_run(tmp_path, engine, steps=2))
+    assert summary["steps"] == 2
+    steps = assert_engine_and_trainer_equal(tmp_path / "r")
+    assert [row["staleness/max"] for row in steps] == ([0, 1] if engine == "vllm-server" else [0, 0])
+    assert [row["group/size"] for row in steps] == [4, 4]
+    for number in (1, 2):
+        assert len(read_rows(tmp_path / f"r/rollouts/step_{number:06d}.jsonl")) == 2
 
 
 @needs_vllm

@@ -1,0 +1,21 @@
+"""What a test starts under torchrun: `ranks_served.py CONFIG [--resume]` trains, with tests/fake_vllm.py for its servers."""
+
+import os
+import sys
+
+from runs import HERE
+
+from ampo_fast import vllm_process
+from ampo_fast.config import load_config
+from ampo_fast.trainer import train
+
+if __name__ == "__main__":
+    config = load_config(sys.argv[1])
+    fake = [sys.executable, str(HERE / "fake_vllm.py"), "--model", config.model.path, "--port"]
+    vllm_process.serve_command = lambda *a: lambda port: [*fake, str(port)]
+    try:
+        train(config, resume="--resume" in sys.argv)
+    except Exception as error:
+        print(f"rank {os.environ['RANK']} ended: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    os._exit(0)  # as the command does
