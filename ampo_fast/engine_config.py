@@ -20,7 +20,10 @@ class VllmConfig(Section):
 
     base_urls: tuple[str, ...] = Field((), description="Servers that run already; empty: start `replicas` of them.")
     replicas: Positive = Field(1, description="Servers to start; each has the whole model.")
-    devices: tuple[str, ...] = Field((), description='CUDA_VISIBLE_DEVICES of each started server: ("1", "2,3").')
+    devices: tuple[str, ...] = Field(
+        (),
+        description='CUDA_VISIBLE_DEVICES of each started server: ("1", "2,3"); several split its model (tensor parallel).',
+    )
     host: str = Field("127.0.0.1", description="Where started servers listen; anything else needs behind_proxy.")
     behind_proxy: bool = Field(
         False, description="A tunnel or authenticating proxy guards the sync endpoints, which no API key covers."

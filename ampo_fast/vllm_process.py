@@ -139,19 +139,21 @@ def server_environment() -> dict[str, str]:
     }
 
 
-def serve_command(model: str, dtype: str, options: VllmConfig) -> Callable[[int], list[str]]:
-    """port -> the `vllm serve` command. Raises ValueError where vllm is not installed."""
+def serve_command(model: str, dtype: str, options: VllmConfig, device: str | None) -> Callable[[int], list[str]]:
+    """port -> the `vllm serve` command, the model split over the devices. Raises ValueError where vllm is not installed."""
     if find_spec("vllm") is None:
         raise ValueError(
             'rollout.engine = "vllm-server" starts `vllm serve`, and vllm is not installed: pip install ampo_fast[vllm], '
             "or name running servers in rollout.options.base_urls"
         )
+    num_devices = len(device.split(",")) if device else 1
     command = [
         sys.executable, "-m", *_entry_point(model), "--host", options.host, "--dtype", dtype,
         "--served-model-name", "policy", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
         "--hf-overrides", json.dumps(HEAD_IN_FLOAT32), "--enable-prefix-caching",
         "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
+        *(["--tensor-parallel-size", str(num_devices)] if num_devices > 1 else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
         *(["--weight-transfer-config", json.dumps({"backend": "nccl"})] if options.transfer == "nccl" else []),
     ]  # fmt: skip
@@ -170,9 +172,11 @@ def _entry_point(model: str) -> list[str]:
 
 def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[VllmProcess]:
     """The servers that rollout.options asks for, not yet started."""
-    command = serve_command(model, dtype, options)
     devices = options.devices or (None,) * options.replicas
-    return [VllmProcess(f"vllm-server-{i}", command, options, device) for i, device in enumerate(devices)]
+    return [
+        VllmProcess(f"vllm-server-{i}", serve_command(model, dtype, options, device), options, device)
+        for i, device in enumerate(devices)
+    ]
 
 
 def free_port(host: str) -> int:

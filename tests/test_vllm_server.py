@@ -299,3 +299,11 @@ def test_insecure_serialisation_is_never_passed_on(make, monkeypatch):
     assert b"INSECURE" not in environment
     command = Path(f"/proc/{engine.replicas[0].process.group}/cmdline").read_bytes()
     assert engine.replicas[0].process._key.encode() not in command  # anybody may read a command line
+
+
+def test_a_server_of_several_devices_splits_its_model(monkeypatch):
+    monkeypatch.setattr(vllm_process, "find_spec", lambda name: name)
+    options = read_options(VllmConfig, {"replicas": 3, "devices": ["0", "1,2", "3,4,5,6"]}, "rollout.options")
+    commands = [process._command(8000) for process in vllm_process.make_processes("m", "float32", options)]
+    assert "--tensor-parallel-size" not in commands[0]
+    assert [c[c.index("--tensor-parallel-size") + 1] for c in commands[1:]] == ["2", "4"]
