@@ -10,7 +10,7 @@ quickstart: $(VENV)/.quickstart
 
 test: test-csrc
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The C++ selector, and the logic of its CUDA kernels, under the address and undefined-behaviour sanitizers.
 test-csrc: $(VENV)/.test

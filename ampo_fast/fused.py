@@ -37,6 +37,7 @@ def fused_linear_group_loss(
     positive_M: torch.Tensor | None = None,
     baseline_B: torch.Tensor | None = None,
     ref_logp_R: torch.Tensor | None = None,
+    compare_tokens: bool = False,
     bias_V: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -53,6 +54,8 @@ def fused_linear_group_loss(
         response_offsets: int64 [M + 1] into the rows; group_offsets: int64 [B + 1] into the responses.
         loss_fn: ResponseStats -> LossOutput, additive over groups (ampo_fast.losses).
         ref_logp_R: the reference's log-prob of each row's token, for losses that weight tokens (BMC).
+        compare_tokens: shows the loss the token ids as well: BMC then weights the tokens that differ between two responses (else
+            all of them), and DPOPCRM takes its similarity from the parts that differ (else from the lengths).
         normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
             gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
@@ -72,6 +75,7 @@ def fused_linear_group_loss(
     responses = check_offsets("response_offsets", response_offsets, hidden_RD.shape[0], allow_empty=False)
     groups = check_offsets("group_offsets", group_offsets, responses.numel() - 1)
     stats = _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, hidden_RD.device)
+    stats = dataclasses.replace(stats, target_R=target_R if compare_tokens else None)
     options = HeadOptions(temperature, softcap, eos_id)
     impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
     num_groups = groups.numel() - 1
@@ -149,7 +153,6 @@ def with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: in
         eos_logp_M=eos_logp_M,
         logp_R=logp_R,
         eos_logp_R=eos_logp_R,
-        target_R=target_R,
     )
 
 
@@ -209,6 +212,7 @@ class _Plan:
             positive_M=cut(stats.positive_M, m0, m1),
             baseline_B=cut(stats.baseline_B, first, last),
             response_offsets=stats.response_offsets[m0 : m1 + 1] - r0,
+            target_R=cut(stats.target_R, r0, r1),
             ref_logp_R=cut(stats.ref_logp_R, r0, r1),
         )
         return slice(r0, r1), part

@@ -207,6 +207,7 @@ class Policy(nn.Module):
                 positive_M=batch.positive_M,
                 baseline_B=batch.baseline_B,
                 ref_logp_R=batch.ref_logp_R,
+                compare_tokens=True,
                 bias_V=self.head.bias,
                 softcap=self.softcap,
                 eos_id=eos_id,

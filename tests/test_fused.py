@@ -22,8 +22,9 @@ def inputs(dtype=torch.float64, rows=40, seed=0):
 
 
 def naive(
-    hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None, ref_row=None
-):
+    hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None, ref_row=None,
+    compare_tokens=False,
+):  # fmt: skip
     logits = hidden @ weight.T + bias
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -36,7 +37,8 @@ def naive(
         eos = all_logp[last, eos_id].masked_fill(target[last] != eos_id, torch.nan)
     stats = ResponseStats(
         logp, RESPONSES.diff(), reward, GROUPS, ref, eos, response_offsets=RESPONSES, logp_R=row,
-        eos_logp_R=None if eos_id is None else all_logp[:, eos_id], target_R=target, ref_logp_R=ref_row,
+        eos_logp_R=None if eos_id is None else all_logp[:, eos_id], target_R=target if compare_tokens else None,
+        ref_logp_R=ref_row,
     )  # fmt: skip
     return loss_fn(stats).per_group_B.sum() / 2
 
@@ -88,18 +90,30 @@ EVERY_LOSS = [
 
 
 @pytest.mark.parametrize("mode", ["grouped", "recompute"])
+@pytest.mark.parametrize("compare_tokens", [False, True])
 @pytest.mark.parametrize("loss_fn", EVERY_LOSS, ids=lambda loss: type(loss).__name__)
-def test_every_loss_is_a_loss_of_the_fused_op(loss_fn, mode):
+def test_every_loss_is_a_loss_of_the_fused_op(loss_fn, compare_tokens, mode):
     hidden, weight, bias, target, reward = inputs(seed=3)
     target[RESPONSES[1:-2] - 1] = 5  # all but two responses end in the id taken for EOS
     eos = 5 if loss_fn.needs_eos else None
     target[6:8] = target[:2]  # so that some tokens of a pair are the same
     ref, ref_row = (torch.linspace(-30.0, -10.0, count, dtype=torch.float64) for count in (7, 40))
     ref_row = ref_row if loss_fn.needs_reference_rows else None
-    expected = naive(hidden, weight, bias, target, reward, loss_fn, eos_id=eos, ref=ref, ref_row=ref_row)
+    expected = naive(
+        hidden,
+        weight,
+        bias,
+        target,
+        reward,
+        loss_fn,
+        eos_id=eos,
+        ref=ref,
+        ref_row=ref_row,
+        compare_tokens=compare_tokens,
+    )
     loss, _ = fused_linear_group_loss(
-        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn,
-        bias_V=bias, eos_id=eos, ref_logp_M=ref, ref_logp_R=ref_row, mode=mode, chunk_rows=25,
+        hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn, bias_V=bias, eos_id=eos, ref_logp_M=ref,
+        ref_logp_R=ref_row, compare_tokens=compare_tokens, mode=mode, chunk_rows=25,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
     for got, want in zip(
