@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from builders import config, scored
-from torch._dynamo.utils import counters
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
@@ -144,6 +143,8 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_layers_give_the_same_gradients_and_every_batch_the_same_program(tiny_model):
+    from torch._dynamo.utils import counters  # imports triton, which test_kernels must be the first to do
+
     groups = [[selected(i, lengths)] for i, lengths in enumerate([[5, 9, 7], [12, 3, 4, 8]])]
     policy = Policy.load(ModelConfig(path=str(tiny_model)))
     updater = Updater(config(), policy)
