@@ -14,7 +14,13 @@ from ampo_fast.canary import Canary
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
-from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, BadAnswer, read_candidate, request_fields
+from ampo_fast.vllm_requests import (
+    HEAD_IN_FLOAT32,
+    BadAnswer,
+    computes_prompts_whole,
+    read_candidate,
+    request_fields,
+)
 from ampo_fast.weight_sync import named_weights
 
 
@@ -116,6 +122,7 @@ class VllmEngine:
             generation_config="vllm",
             hf_overrides=HEAD_IN_FLOAT32,
             enable_prefix_caching=True,
+            enable_chunked_prefill=not computes_prompts_whole(),
             enforce_eager=options.enforce_eager,
             gpu_memory_utilization=options.memory_share,
             enable_sleep_mode=self.sleep_level > 0,

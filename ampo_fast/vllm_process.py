@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -19,9 +20,10 @@ from pathlib import Path
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
-from ampo_fast.vllm_requests import HEAD_IN_FLOAT32
+from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, computes_prompts_whole
 
-_TAIL_BYTES = 3000
+_TAIL_BYTES, _READ_BYTES = 3000, 300_000
+_EXCEPTION = re.compile(r"\b[\w.]*(?:Error|Exception): .{1,300}")
 _TORCHRUN = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -106,12 +108,15 @@ class VllmProcess:
         return self._process.pid if self._process is not None else None
 
     def output_tail(self) -> str:
-        """The end of what the server printed, without the key."""
+        """The end of what the server printed, and the exceptions that it named before, without the key."""
         if not self._output.exists():
             return ""
         with self._output.open("rb") as file:
-            file.seek(max(0, self._output.stat().st_size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").replace(self._key, "[key]")
+            file.seek(max(0, self._output.stat().st_size - _READ_BYTES))
+            text = file.read().decode(errors="replace").replace(self._key, "[key]")
+        # What killed a worker stands far above: every request that was waiting prints a traceback of its own.
+        named = list(dict.fromkeys(_EXCEPTION.findall(text[:-_TAIL_BYTES])))
+        return "\n".join([text[-_TAIL_BYTES:], *(["exceptions before that:", *named[:5]] if named else [])])
 
     def kill(self) -> None:
         """Ends the server and all its workers at once: it holds nothing that must be saved."""
@@ -154,6 +159,7 @@ def serve_command(model: str, dtype: str, options: VllmConfig, device: str | Non
         "--gpu-memory-utilization", str(options.memory_share),
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--tensor-parallel-size", str(num_devices)] if num_devices > 1 else []),
+        *(["--no-enable-chunked-prefill"] if computes_prompts_whole() else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
         *(["--weight-transfer-config", json.dumps({"backend": "nccl"})] if options.transfer == "nccl" else []),
     ]  # fmt: skip

@@ -6,12 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import stream_seed
 from ampo_fast.types import Candidate, Sampling
 
 HEAD_IN_FLOAT32 = {"head_dtype": "float32"}
 """hf_overrides of every vLLM that we start: logits of about 20 rounded to bfloat16 would be off by up to 0.06 nats each."""
+
+
+def computes_prompts_whole() -> bool:
+    """Whether a vLLM started here must not compute a prompt in parts: on a CPU it dies of that (0.32), since it rewinds the
+    candidate's generator after each part and a CPU's cannot be rewound."""
+    return not torch.cuda.is_available()
 
 
 class BadAnswer(RuntimeError):

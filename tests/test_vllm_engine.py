@@ -127,6 +127,7 @@ def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
     assert min(result["changes"]) > 0.01
     assert result["versions"] == [2]
     assert result["again"]
+    assert result["crowd"] == [100, 100, 100]
     assert "trainer mean" in result["without_head"]
 
 

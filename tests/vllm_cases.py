@@ -68,6 +68,8 @@ def sync(model, dtype):
         result["changes"].append(engine.sync_metrics["sync/logp_change"])
         result["versions"] = sorted({c.version for g in groups for c in g.candidates})
     result["again"] = engine.generate(PROMPTS, 4, sampling) == groups
+    # More prompt tokens than one step takes.
+    result["crowd"] = [len(g.candidates) for g in engine.generate(PROMPTS, 100, Sampling(max_new_tokens=2))]
     nudge(policy, 0.1)
     try:
         engine.load_weights(3, [(name, t) for name, t in named_weights(policy) if "lm_head" not in name])
