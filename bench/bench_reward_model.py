@@ -71,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="default: all")
     parser.add_argument("--test-share", type=float, default=0.2)
     parser.add_argument("--speed-pairs", type=int, default=64)
+    parser.add_argument("--speed-repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--note", default="")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -168,7 +169,8 @@ def _write_curve(options: argparse.Namespace, run_dir: Path, variant: str, seed:
 
 
 def speed(options: argparse.Namespace, work: Path) -> dict:
-    """Pairs a second of full fine-tuning with Bradley-Terry: ours against TRL's best of three settings, same token ids."""
+    """Pairs a second of full fine-tuning with Bradley-Terry: ours and TRL's three settings in turn, on the same token ids;
+    medians, against the best of the three."""
     train = work / "speed.jsonl"
     rows = [row for _, row in read_jsonl(options.data)]
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[: options.speed_pairs]
@@ -176,18 +178,21 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
         file.writelines(dump_line(rows[i]) for i in chosen)
     options.epochs = 1
     full = {"model": WHOLE_MODEL, "data": {"eval": str(train)}, "optim": {"weight_decay": 0.01, "lr": 2e-5}}
-    config = _config(options, work, train, "speed", 0, LOSSES["bt"], **full)
-    trainer = RewardTrainer(config)
-    pairs = [{"chosen_ids": i.encoded.ids[0], "rejected_ids": i.encoded.ids[1]} for i in trainer.train_items]
-    ours = _time_ours(trainer)
-    seconds = {name: _time_trl(options, work, pairs, **settings) for name, settings in _TRL.items()}
-    for name, value in ({"ours": ours} | seconds).items():
-        factor = (
-            round(trainer.model.num_fed / trainer.model.num_real, 4) if name == "ours" else _trl_padding(pairs, name)
-        )
-        _write(options, "speed", name, {"seconds": value, "num_pairs": len(pairs), "padding_factor": factor,
+    samples: dict[str, list[float]] = {"ours": [], **{name: [] for name in _TRL}}
+    for i in range(options.speed_repeats):
+        trainer = RewardTrainer(_config(options, work, train, f"speed-{i}", 0, LOSSES["bt"], **full))
+        pairs = [{"chosen_ids": i.encoded.ids[0], "rejected_ids": i.encoded.ids[1]} for i in trainer.train_items]
+        samples["ours"].append(_time_ours(trainer))
+        padding = {"ours": round(trainer.model.num_fed / trainer.model.num_real, 4)}
+        for name, settings in _TRL.items():
+            samples[name].append(_time_trl(options, work, pairs, **settings))
+            padding[name] = _trl_padding(pairs, name)
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    for name, value in seconds.items():
+        _write(options, "speed", name, {"seconds": value, "num_pairs": len(pairs), "padding_factor": padding[name],
                "pairs_per_s": len(pairs) / value})  # fmt: skip
-        print(f"{name}: {value:.1f} s for {len(pairs)} pairs, padding factor {factor}", flush=True)
+        print(f"{name}: {value:.1f} s for {len(pairs)} pairs, padding factor {padding[name]}", flush=True)
+    ours = seconds.pop("ours")
     best = min(seconds, key=seconds.get)
     return {"speedup_vs_trl": round(seconds[best] / ours, 3), "trl_best": best}
 
@@ -220,7 +225,7 @@ def _time_trl(options: argparse.Namespace, work: Path, pairs: list[dict], **sett
 
     from ampo_fast.reward_model import RewardModel
 
-    config = _config(options, work, work / "speed.jsonl", "speed", 0, LOSSES["bt"], model=WHOLE_MODEL)
+    config = _config(options, work, work / "speed.jsonl", "trl", 0, LOSSES["bt"], model=WHOLE_MODEL)
     loaded = RewardModel.load(config.model, max_tokens=options.max_tokens, seed=0)
     rows = [pair | {"length": max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))} for pair in pairs]
     arguments = RewardConfig(

@@ -197,7 +197,9 @@ def test_a_server_that_cannot_start_says_why(make, monkeypatch):
 def test_the_cause_far_above_a_dead_servers_last_words_is_named_too(make, monkeypatch):
     script = "print('RuntimeError: the worker broke'); print('noise ' * 2000); exit('last words')"
     monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", script])
-    with pytest.raises(vllm_process.ServerDied, match=r"(?s)last words.*exceptions before that:\nRuntimeError: the worker"):
+    with pytest.raises(
+        vllm_process.ServerDied, match=r"(?s)last words.*exceptions before that:\nRuntimeError: the worker"
+    ):
         make().generate(PROMPTS, 3, SAMPLING)
 
 
