@@ -67,7 +67,6 @@ class SegmentPlan:
         return self._varlen[device]
 
 
-@torch.compiler.disable  # it goes by the lengths of the pieces: traced, every batch would be a program of its own
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -180,7 +179,16 @@ def register() -> None:
     """Makes NAME known to transformers; no mask function is registered, so models pass 4-D masks through untouched."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, segment_attention)
+    if NAME not in AttentionInterface():  # else what keep_out_of_programs did would be undone
+        AttentionInterface.register(NAME, segment_attention)
+
+
+def keep_out_of_programs() -> None:
+    """Makes torch.compile call NAME as it is: it goes by the lengths of the pieces, so that every batch would be a program of
+    its own. Not done at import: it loads the compiler, which takes seconds."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(segment_attention))
 
 
 def why_not_shared(model: Any) -> str | None:

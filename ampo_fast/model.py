@@ -94,6 +94,7 @@ class Policy(nn.Module):
 
         What samples and scores runs as before: its shapes change at every token. Before checkpoint_activations and shard.
         """
+        attention.keep_out_of_programs()
         for block in self.blocks:
             block.forward = functools.partial(_compiled, block.forward, torch.compile(block.forward, dynamic=True))
         return self

@@ -150,6 +150,7 @@ def test_compiled_layers_give_the_same_gradients_and_every_batch_the_same_progra
     updater = Updater(config(), policy)
     eager = [gradients(policy, updater, group, 1000) for group in groups]
     policy.compile_blocks().checkpoint_activations()
+    Policy.load(ModelConfig(path=str(tiny_model)))  # as the replica that samples beside a sharded policy is
     num_programs = []
     for group, (loss, _, grads, _) in zip(groups, eager, strict=True):
         found_loss, _, found, _ = gradients(policy, updater, group, 1000)
