@@ -47,7 +47,7 @@ def fused_linear_group_loss(
     chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, ResponseStats]:
-    """Sum over groups of loss_fn's per-group loss / normalizer, with its gradient, never holding [R, V] logits.
+    """Sum over groups of loss_fn's per-group loss / normalizer, with its gradient, holding the logits of a chunk at a time.
 
     Args:
         hidden_RD: the hidden state that predicts each response token; the prompt's last one once per response.

@@ -210,11 +210,11 @@ class Updater:
             yield
         except torch.OutOfMemoryError as error:
             run_dir, rank = self.config.run_dir, distributed.rank()
-            snapshot = run_dir.with_name(
-                f"{run_dir.name}.out_of_memory.rank{rank}.pickle"
-            )  # beside: it may not be made yet
-            snapshot.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(snapshot))
+            # Beside the run directory, which may not be made yet.
+            snapshot = run_dir.with_name(f"{run_dir.name}.out_of_memory.rank{rank}.pickle")
+            with contextlib.suppress(OSError, RuntimeError):  # a disk without room for it must not hide what to change
+                snapshot.parent.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(snapshot))
             raise MemoryError(
                 f"out of memory on rank {rank} in a micro-batch of {batch.token_T.numel()} tokens; lower "
                 "optim.micro_batch_tokens, set optim.activation_checkpointing = true, or lower rollout.max_new_tokens; more "

@@ -126,6 +126,16 @@ def test_out_of_memory_says_what_to_change_and_keeps_a_snapshot(tiny_policy, tmp
     assert written == [str(tmp_path / "runs/big.out_of_memory.rank0.pickle")]
 
 
+def test_a_snapshot_that_cannot_be_written_hides_nothing(tiny_policy, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / "runs").touch()  # a file where the directory should be
+    monkeypatch.setattr(tiny_policy, "forward", fail)
+    with pytest.raises(MemoryError, match="micro_batch_tokens"):
+        Updater(config(run={"dir": str(tmp_path / "runs"), "name": "big"}), tiny_policy).preflight(7)
+
+
 def test_activation_checkpointing_changes_no_gradient(tiny_model):
     grads = []
     for wanted in (False, True):
