@@ -133,8 +133,8 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "relevance",
-        description="relevance, data, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> floats; "
-        "or a list of these: each is normalised, then they are averaged.",
+        description="relevance, data, data:SCORE, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> "
+        "floats; or a list of these: each is normalised, then they are averaged.",
     )
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid", "win_rate"] = Field(
         "auto",
@@ -153,6 +153,11 @@ class RewardConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a reward comes with the data: it exists for the data's own responses alone."""
+        return any(kind == "data" or kind.startswith("data:") for kind in self.kinds)
 
 
 class EmbedConfig(Section):
@@ -274,7 +279,7 @@ class Config(Section):
                 f"rollout.segment_tokens = {self.rollout.segment_tokens} sets given answers above what is written anew: it "
                 f'needs rollout.engine = "data" and reward.kind = "data", which is {self.reward.kind!r}'
             )
-        if ("data" in self.reward.kinds) != (self.rollout.engine == "data"):
+        if self.reward.is_given != (self.rollout.engine == "data"):
             raise ValueError(
                 'reward.kind = "data" and rollout.engine = "data" go together: given responses carry their rewards'
             )
@@ -372,15 +377,19 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ValueError(f"{flag} needs a value")
             text = rest.pop(0)
-        pairs.append((key, _parse_value(text)))
+        pairs.append((key, _parse_value(text, flag)))
     return pairs
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value where it reads as one (numbers, true, [lists]), else the text itself."""
+def _parse_value(text: str, flag: str) -> Any:
+    """A TOML value where it reads as one (numbers, true, [lists], {tables}), else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith(("{", "[")):
+            raise ValueError(
+                f"{flag} {text}: no TOML value ({error}); lists are [1, 2], tables {{beta = 0.1}}"
+            ) from None
         return text
 
 

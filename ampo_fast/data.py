@@ -11,16 +11,17 @@ from ampo_fast.jsonl import read_jsonl
 from ampo_fast.types import Prompt
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_FORMATS_WITH_RESPONSES = "responses, all_generated_responses, A0.. with score_A0.., chosen + rejected"
+_FORMATS_WITH_RESPONSES = "responses, completions, all_generated_responses, A0.. with score_A0.., chosen + rejected"
 
 
 def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
     """Reads a .jsonl, .jsonl.gz or .parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).
 
-    Formats (data_formats.FORMATS) are known by their fields, one format a source: prompts only
-    (`prompt` as text or chat turns, or `messages`); `responses` with content and reward; AMPO's
-    published columns; preference pairs (TRL, UltraFeedback-binarized, RewardBench with its `subset`). A prompt's id is its
-    `id` (SUBSET/ID), else `prompt_id`, else the row's number from 1. Pairs that share id and prompt become ID, ID#2, ...
+    Formats (data_formats.FORMATS) are known by their fields, one format a source: prompts only (`prompt` as text or
+    chat turns, or `messages`); `responses` with content and reward, or `scores` by name; UltraFeedback's `completions`;
+    AMPO's published columns; preference pairs (TRL, UltraFeedback-binarized, RewardBench with its `subset`). A prompt's
+    id is its `id` (SUBSET/ID), else `prompt_id`, else the row's number from 1. Pairs that share id and prompt become
+    ID, ID#2, ...
 
     Raises:
         ValueError: naming file and line, for a row that cannot be read, a second format, a repeated id,

@@ -87,9 +87,13 @@ def _reward(value: Any, field: str) -> float | None:
     """A finite number, or None for null, NaN and infinity: the trainer masks and counts those."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise ValueError(f"{field} must be a number or null, got {_kind(value)}")
     return float(value) if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind(value: Any) -> str:
@@ -160,20 +164,59 @@ def _multi_response(row: Row) -> Conversation:
     responses = row["responses"]
     if not isinstance(responses, list | tuple):
         raise ValueError(f"responses must be a list of {{content, reward}}, got {_kind(responses)}")
+    return _turns(row["prompt"], "prompt"), tuple(
+        _scored(response, f"responses[{i}]") for i, response in enumerate(responses)
+    )
+
+
+def _scored(response: Any, field: str) -> GivenResponse:
+    if not isinstance(response, dict):
+        raise ValueError(f"{field} must be {{content, reward}}, got {_kind(response)}")
+    key = "reward_raw" if "reward_raw" in response else "reward"
+    scores = _scores(response.get("scores"))
+    for needed in ("content", key):
+        if needed not in response and not (needed == "reward" and scores):
+            raise ValueError(f"{field}: missing field {needed!r}")
+    if not isinstance(response["content"], str):
+        raise ValueError(f"{field}.content must be text, got {_kind(response['content'])}")
+    reward = _reward(response[key], f"{field}.{key}") if key in response else _mean(scores)
+    return GivenResponse(content=response["content"], reward=reward, scores=scores)
+
+
+def _scores(value: Any) -> dict[str, float | None]:
+    """The numbers of {name: number}; other tools' `scores`, of any other shape, are none of ours."""
+    if not isinstance(value, dict):
+        return {}
+    return {name: _reward(number, name) for name, number in value.items() if number is None or _is_number(number)}
+
+
+def _mean(scores: dict[str, float | None]) -> float | None:
+    """None unless every score is there: means over different aspects do not compare."""
+    values = list(scores.values())
+    return math.fsum(values) / len(values) if values and None not in values else None
+
+
+def _ultrafeedback(row: Row) -> Conversation:
+    """The reward is the mean of the aspects' ratings: `overall_score` is known to be wrong where the critique is harsh."""
+    completions = row["completions"]
+    if not isinstance(completions, list | tuple):
+        raise ValueError(f"completions must be a list of {{response, annotations}}, got {_kind(completions)}")
     given = []
-    for i, response in enumerate(responses):
-        if not isinstance(response, dict):
-            raise ValueError(f"responses[{i}] must be {{content, reward}}, got {_kind(response)}")
-        key = "reward_raw" if "reward_raw" in response else "reward"
-        for field in ("content", key):
-            if field not in response:
-                raise ValueError(f"responses[{i}]: missing field {field!r}")
-        if not isinstance(response["content"], str):
-            kind = _kind(response["content"])
-            raise ValueError(f"responses[{i}].content must be text, got {kind}")
-        reward = _reward(response[key], f"responses[{i}].{key}")
-        given.append(GivenResponse(content=response["content"], reward=reward))
-    return _turns(row["prompt"], "prompt"), tuple(given)
+    for i, completion in enumerate(completions):
+        annotations = completion.get("annotations") if isinstance(completion, dict) else None
+        if not isinstance(annotations, dict) or not isinstance(completion.get("response"), str):
+            raise ValueError(f"completions[{i}] must be {{response, annotations}} with a text and ratings by aspect")
+        scores = {aspect: _rating(found, f"completions[{i}].{aspect}") for aspect, found in annotations.items()}
+        given.append(GivenResponse(content=completion["response"], reward=_mean(scores), scores=scores))
+    return _turns(row["instruction"], "instruction"), tuple(given)
+
+
+def _rating(annotation: Any, field: str) -> float | None:
+    """A judge's Rating, written as text; None for its N/A."""
+    rating = annotation.get("Rating") if isinstance(annotation, dict) else None
+    if not isinstance(rating, str) or not re.fullmatch(r"\d+(\.\d+)?|N/A", rating.strip()):
+        raise ValueError(f"{field}.Rating must be a number as text, or N/A, got {rating!r}")
+    return None if rating.strip() == "N/A" else float(rating)
 
 
 def _ampo_pool(row: Row) -> Conversation:
@@ -234,6 +277,12 @@ FORMATS = (
         marks=("responses",),
         required=("prompt", "responses"),
         read=_multi_response,
+    ),
+    Format(
+        name="UltraFeedback",
+        marks=("completions",),
+        required=("instruction", "completions"),
+        read=_ultrafeedback,
     ),
     # The pool goes before A0..A7, which were selected from it: selecting is this program's work.
     Format(

@@ -30,6 +30,8 @@ Reward = Number | tuple[Number, ...]
 RewardFn = Callable[[Sequence[CandidateGroup]], list[list[Reward]]]
 """Groups -> for each group one raw reward per candidate; None or NaN where there is none."""
 
+_KINDS = "relevance, data, data:SCORE, classifier:PATH, http://URL or MODULE:FUNCTION"
+
 TextReward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[Number]]
 """What a user's module:function looks like: one prompt for each response."""
 
@@ -57,6 +59,8 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardF
         return lambda groups: [[GIVEN, REWRITTEN] for _ in groups]
     if kind == "data":
         return lambda groups: [[response.reward for response in group.prompt.responses] for group in groups]
+    if kind.startswith("data:"):
+        return lambda groups: [_given_scores(group.prompt, kind.removeprefix("data:")) for group in groups]
     if kind == "relevance":
         model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder("package:all-minilm-l6-v2")
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
@@ -66,11 +70,20 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardF
         return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
     module, colon, function = kind.partition(":")
     if not colon:
-        raise ValueError(f"reward.kind = {kind!r}; use relevance, data, classifier:PATH, http://URL or MODULE:FUNCTION")
+        raise ValueError(f"reward.kind = {kind!r}; use {_KINDS}")
     try:
         return _on_texts(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward.kind = {kind!r} cannot be imported: {error}") from error
+
+
+def _given_scores(prompt: Prompt, name: str) -> list[Number]:
+    """One of the ratings that came with the prompt's responses. Raises ValueError where none of them has it."""
+    if not any(name in response.scores for response in prompt.responses):
+        known = sorted({known for response in prompt.responses for known in response.scores})
+        have = f"only {', '.join(known)}" if known else "no scores by name"
+        raise ValueError(f"reward.kind = 'data:{name}': the responses of prompt {prompt.id} have {have}")
+    return [response.scores.get(name) for response in prompt.responses]
 
 
 def relevance(prompts: Sequence[Prompt], responses: Sequence[str], encoder: Embedder) -> list[float]:

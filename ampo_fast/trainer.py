@@ -294,8 +294,10 @@ class Trainer:
         config = self.config
         if config.data.eval is None or not config.eval.prompts:
             return []
-        if "data" in config.reward.kinds and not config.eval.reward:
-            raise ValueError('data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is "data")')
+        if config.reward.is_given and not config.eval.reward:
+            raise ValueError(
+                f"data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is {config.reward.kind!r})"
+            )
         return self._prompts(config.data.eval, "data.eval")[: config.eval.prompts]
 
     def _restore(self) -> int:

@@ -5,7 +5,8 @@ Shapes: N candidates of one prompt, E embedding, T packed tokens, R predicted re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class GivenResponse:
     reward: float | None = None
     is_chosen: bool | None = None
     """A pair's label, which may come from another judge than the reward; None where the row is no pair."""
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    """Several ratings by name, where the data gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ def test_unknown_section_names_the_nearest():
         ({"rollout": {"engine": "data"}}, r"reward\.kind.*rollout\.engine.*go together"),
         ({"reward": {"kind": "data"}}, r"reward\.kind.*rollout\.engine.*go together"),
         ({"reward": {"kind": ["relevance", "data"]}}, r"reward\.kind.*rollout\.engine.*go together"),
+        ({"reward": {"kind": "data:helpfulness"}}, r"reward\.kind.*rollout\.engine.*go together"),
         ({"reward": {"kind": []}}, r"reward\.kind"),
         ({"select": {"pareto": True}}, r"select\.pareto.*'relevance' is one; give a list"),
     ],
@@ -165,6 +166,7 @@ def test_override_values_are_toml_or_text(text, value):
         (["--lr", "1"], r"expected --section\.field value, got '--lr'"),
         (["--optim.lr"], r"--optim\.lr needs a value"),
         (["--optim.lr.x", "1"], r"--optim\.lr\.x: lr is a value, not a section"),
+        (["--loss.params", '{"beta": 1}'], r"--loss\.params .*no TOML value .*tables \{beta = 0\.1\}"),
         (["--optim.lrr", "1"], r"did you mean optim\.lr\?"),
     ],
 )

@@ -68,6 +68,39 @@ def test_stage_rows_give_their_raw_reward(load_one):
     assert contents(load_one({"id": "x", "prompt": [USER], "responses": [response]})) == [("a", 7.5)]
 
 
+def test_ratings_by_name_are_kept_and_their_mean_stands_in_for_a_missing_reward(load_one):
+    responses = [
+        {"content": "a", "scores": {"help": 4, "honest": 1.5}},
+        {"content": "b", "scores": {"help": 4, "honest": None}},
+        {"content": "c", "scores": {"help": 4, "judge": "me"}, "reward": 0.5},
+        {"content": "d", "scores": [3, 4], "reward": 0.25},
+    ]
+    prompt = load_one({"prompt": [USER], "responses": responses})
+    assert contents(prompt) == [("a", 2.75), ("b", None), ("c", 0.5), ("d", 0.25)]
+    assert [response.scores for response in prompt.responses] == [
+        {"help": 4.0, "honest": 1.5}, {"help": 4.0, "honest": None}, {"help": 4.0}, {},
+    ]  # fmt: skip
+
+
+def ultrafeedback(*ratings):
+    aspects = ("instruction_following", "honesty")
+    completions = [
+        {
+            "model": "m", "response": f"answer {i}", "overall_score": 10.0, "fine-grained_score": 1.0,
+            "annotations": {a: {"Rating": r, "Rationale": "..."} for a, r in zip(aspects, pair, strict=True)},
+        }
+        for i, pair in enumerate(ratings)
+    ]  # fmt: skip
+    return {"source": "evol", "instruction": USER["content"], "models": ["m"], "completions": completions}
+
+
+def test_ultrafeedback_rewards_are_the_mean_of_the_aspects(load_one):
+    prompt = load_one(ultrafeedback(("5", "4"), ("1", "N/A")))
+    assert prompt.messages == (USER,)
+    assert contents(prompt) == [("answer 0", 4.5), ("answer 1", None)]
+    assert prompt.responses[1].scores == {"instruction_following": 1.0, "honesty": None}
+
+
 @pytest.mark.parametrize("number", ["NaN", "null", "Infinity", "-Infinity"])
 def test_reward_that_is_no_finite_number_becomes_none(tmp_path, number):
     path = tmp_path / "x.jsonl"
@@ -390,6 +423,15 @@ def test_prompt_must_end_with_a_user_turn(tmp_path, turns, message):
         ({"prompt": "a", "chosen": "b", "rejected": [USER]}, "rejected must be text or end with an assistant turn"),
         ({"prompt": "a", "chosen": "b", "rejected": []}, "rejected must be text or end with an assistant turn"),
         ({"prompt": "a", "all_generated_responses": "b", "all_reward_scores": [1]}, "must be a list, got str"),
+        (
+            ultrafeedback(("5", "high")),
+            r"completions\[0\]\.honesty\.Rating must be a number as text, or N/A, got 'high'",
+        ),
+        (
+            {"instruction": "a", "completions": [{"response": "b"}]},
+            r"completions\[0\] must be \{response, annotations\}",
+        ),
+        ({"instruction": "a", "completions": "b"}, "completions must be a list"),
         ({"prompt": "a", "id": 1.5}, "id must be text or an integer, got float"),
     ],
 )

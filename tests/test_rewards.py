@@ -122,14 +122,31 @@ def test_a_scorer_that_returns_too_few_is_named():
         make_reward(config(reward={"kind": "toy_rewards:too_few"}))([group(["a", "b"])])
 
 
+def given_group(*responses):
+    candidates = tuple(Candidate(content=given.content, token_ids=(3, 1)) for given in responses)
+    owner = Prompt(id="x", messages=prompt().messages, responses=responses)
+    return CandidateGroup(prompt=owner, prompt_ids=(1,), candidates=candidates)
+
+
+def given_config(kind):
+    return config(reward={"kind": kind}, rollout={"engine": "data"})
+
+
 def test_given_rewards_come_from_the_data():
-    given = (GivenResponse(content="a", reward=0.5), GivenResponse(content="b", reward=None))
-    owner = Prompt(id="x", messages=prompt().messages, responses=given)
-    candidates = tuple(Candidate(content=g.content, token_ids=(3, 1)) for g in given)
-    settings = config(reward={"kind": "data"}, rollout={"engine": "data"})
-    assert make_reward(settings)([CandidateGroup(prompt=owner, prompt_ids=(1,), candidates=candidates)]) == [
-        [0.5, None]
-    ]
+    given = given_group(GivenResponse(content="a", reward=0.5), GivenResponse(content="b", reward=None))
+    assert make_reward(given_config("data"))([given]) == [[0.5, None]]
+
+
+def test_a_given_score_is_a_reward_by_its_name_alone_or_beside_others():
+    given = given_group(
+        GivenResponse(content="a", reward=0.5, scores={"help": 4.0, "honest": None}),
+        GivenResponse(content="b", reward=0.25, scores={"help": 2.0}),
+    )
+    assert make_reward(given_config("data:help"))([given]) == [[4.0, 2.0]]
+    assert make_reward(given_config(["data:help", "data"]))([given]) == [[(4.0, 0.5), (2.0, 0.25)]]
+    assert make_reward(given_config("data:honest"))([given]) == [[None, None]]
+    with pytest.raises(ValueError, match=r"data:harm.*the responses of prompt x have only help, honest"):
+        make_reward(given_config("data:harm"))([given])
 
 
 def test_relevance_prefers_a_finished_answer_to_the_point():
