@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 # A package is one entry (losses, report), or a room: each of its modules is one (vllm.engine).
 LEVELS = [
-    {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace",
-     "evaluation_summary", "_C", "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline"},
+    {"types", "config", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
+     "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline", "reward_model.config",
+     "reward_model.calibration"},
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
@@ -18,13 +19,13 @@ LEVELS = [
      "packing", "embeddings", "rewards", "rollouts", "select", "pareto", "segments", "replay", "sampler", "optimizer",
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
-     "update", "reference_logps", "split_groups", "utilisation", "rounds", "reward_data", "reward_text", "frozen_blocks",
-     "reward_model",      "reward_evaluation", "mean_pooling",
-     "reward_checkpoint", "classifier_settings", "active_pairs",
+     "update", "reference_logps", "split_groups", "utilisation", "rounds", "active_pairs",
      "http_client", "http_reward", "engines", "main_engine", "lookahead",
-     "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer"},
+     "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",
+     "reward_model.checkpoint", "reward_model.classifier_settings", "reward_model.data", "reward_model.evaluation",
+     "reward_model.frozen_blocks", "reward_model.mean_pooling", "reward_model.model", "reward_model.text"},
     {"report", "preview", "stages", "inspect_rows"},
-    {"trainer", "reward_training", "evaluate"},
+    {"trainer", "reward_model.training", "evaluate"},
     {"cli"},
 ]  # fmt: skip
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
@@ -111,7 +112,7 @@ def test_heavy_imports_live_in_few_modules():
             }:
                 users.setdefault(root, set()).add(name)
     assert users["transformers"] == {
-        "assets", "attention", "embeddings", "model", "model_files", "reward_model", "rollouts",
+        "assets", "attention", "embeddings", "model", "model_files", "reward_model.model", "rollouts",
     }  # fmt: skip
     assert users["datasets"] == {"data"}
     assert users["vllm"] == {"vllm.engine"}

@@ -44,6 +44,7 @@ def test_the_extension_and_the_package_files_are_installed(tmp_path):
         ("ampo_fast", ("transformers", "triton", "vllm", "pydantic", "wandb")),
         ("ampo_fast.cli", ("torch", "transformers", "numpy", "rich")),
         ("ampo_fast.config", ("torch", "transformers", "numpy")),
+        ("ampo_fast.reward_model.config", ("torch", "transformers", "numpy")),
         ("ampo_fast.losses", ("transformers", "vllm")),
         ("ampo_fast.fused", ("transformers", "vllm")),
         ("ampo_fast.vllm.lifeline", ("torch", "vllm", "pydantic")),
@@ -68,7 +69,7 @@ def test_a_wheel_holds_everything_and_works_without_the_checkout(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for wanted in ("ampo_fast/recipes/quickstart.toml", "ampo_fast/prompts/quickstart_train.jsonl",
                    "ampo_fast/templates/report.html.j2", "ampo_fast/losses/stats.py", "ampo_fast/vllm/lifeline.py",
-                   "ampo_fast/kernels/row_pass.py"):  # fmt: skip
+                   "ampo_fast/reward_model/config.py", "ampo_fast/kernels/row_pass.py"):  # fmt: skip
         assert wanted in names
     assert any(name.startswith("ampo_fast/_C.") for name in names)
     assert not any(name.startswith("kernels/") for name in names)
