@@ -183,7 +183,7 @@ class _TrainHelp(argparse.Action):
 
 def _schema(command: str) -> type:
     from ampo_fast.config import Config
-    from ampo_fast.reward_config import RewardTrainingConfig
+    from ampo_fast.reward_model.config import RewardTrainingConfig
 
     return RewardTrainingConfig if command == "train-reward" else Config
 
@@ -268,7 +268,7 @@ def _train_reward(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.print_config:
         return _print_config(config)
     _quiet_libraries()
-    from ampo_fast.reward_training import train_reward
+    from ampo_fast.reward_model.training import train_reward
 
     print(json.dumps(train_reward(config, resume=options.resume == "auto")), flush=True)
     return 0

@@ -8,8 +8,8 @@ from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.main_engine import MainEngine
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine
-from ampo_fast.vllm_engine import VllmEngine
-from ampo_fast.vllm_server import VllmServerEngine
+from ampo_fast.vllm.engine import VllmEngine
+from ampo_fast.vllm.server import VllmServerEngine
 
 
 def make_engine(config: Config, policy: Policy) -> RolloutEngine:

@@ -13,10 +13,10 @@ from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.model_card import versions
 from ampo_fast.report.reward_page import write_evaluation_page
-from ampo_fast.reward_config import RewardDataConfig, RewardModelConfig
-from ampo_fast.reward_data import load_groups
-from ampo_fast.reward_evaluation import evaluate_scores
-from ampo_fast.reward_model import RewardModel
+from ampo_fast.reward_model.config import RewardDataConfig, RewardModelConfig
+from ampo_fast.reward_model.data import load_groups
+from ampo_fast.reward_model.evaluation import evaluate_scores
+from ampo_fast.reward_model.model import RewardModel
 from ampo_fast.types import Candidate, CandidateGroup, Prompt
 
 _MAX_TOKENS = 8192

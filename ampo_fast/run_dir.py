@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ampo_fast.config import Config
-from ampo_fast.reward_config import RewardTrainingConfig
+from ampo_fast.reward_model.config import RewardTrainingConfig
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
 _FREE = (

@@ -29,7 +29,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
-from ampo_fast.reward_data import settle_disagreements
+from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker

@@ -24,7 +24,7 @@ from ampo_fast.packing import (
 )
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reference_logps import ReferenceLogps
-from ampo_fast.reward_data import fitted_params
+from ampo_fast.reward_model.data import fitted_params
 from ampo_fast.rewards import normalizer_for
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (

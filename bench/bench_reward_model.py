@@ -26,10 +26,10 @@ from ampo_fast.config import build_config
 from ampo_fast.jsonl import dump_line, read_jsonl
 from ampo_fast.metrics import read_metrics
 from ampo_fast.model_card import versions
-from ampo_fast.reward_config import RewardDataConfig, RewardTrainingConfig
-from ampo_fast.reward_data import hold_out, load_groups
-from ampo_fast.reward_evaluation import evaluate_scores
-from ampo_fast.reward_training import RewardTrainer
+from ampo_fast.reward_model.config import RewardDataConfig, RewardTrainingConfig
+from ampo_fast.reward_model.data import hold_out, load_groups
+from ampo_fast.reward_model.evaluation import evaluate_scores
+from ampo_fast.reward_model.training import RewardTrainer
 
 RESULTS = Path(__file__).parent / "results" / "reward_model.csv"
 COLUMNS = ("op", "variant", "seed", "backbone", "keep_blocks", "pooling", "trained_blocks", "max_tokens", "epochs",
@@ -223,7 +223,7 @@ def _time_trl(options: argparse.Namespace, work: Path, pairs: list[dict], **sett
     from trl import RewardConfig
     from trl import RewardTrainer as TRLRewardTrainer
 
-    from ampo_fast.reward_model import RewardModel
+    from ampo_fast.reward_model.model import RewardModel
 
     config = _config(options, work, work / "speed.jsonl", "trl", 0, LOSSES["bt"], model=WHOLE_MODEL)
     loaded = RewardModel.load(config.model, max_tokens=options.max_tokens, seed=0)

@@ -25,7 +25,6 @@ from tempfile import TemporaryDirectory
 import rows
 import torch
 
-from ampo_fast import vllm_process
 from ampo_fast.config import Config, build_config
 from ampo_fast.engines import make_engine
 from ampo_fast.model import Policy
@@ -33,6 +32,7 @@ from ampo_fast.rollouts import RolloutEngine
 from ampo_fast.trace import TRACE_FILE, overlap, read_spans
 from ampo_fast.trainer import train
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
+from ampo_fast.vllm import process
 from ampo_fast.weight_sync import push_weights
 
 N = 32
@@ -287,7 +287,7 @@ def own_cores() -> Iterator[str]:
     cores = sorted(os.sched_getaffinity(0))
     own, theirs = cores[: len(cores) // 2], cores[len(cores) // 2 :]
     listed = ",".join(map(str, theirs))
-    serve_command = vllm_process.serve_command
+    serve_command = process.serve_command
 
     def pinned(*arguments: object) -> Callable[[int], list[str]]:
         command = serve_command(*arguments)
@@ -297,11 +297,11 @@ def own_cores() -> Iterator[str]:
     for task in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(task), own)
     torch.set_num_threads(len(own))
-    vllm_process.serve_command = pinned
+    process.serve_command = pinned
     try:
         yield f"{len(own)} + {len(theirs)} cores"
     finally:
-        vllm_process.serve_command = serve_command
+        process.serve_command = serve_command
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
 

@@ -5,14 +5,14 @@ import sys
 
 from runs import HERE
 
-from ampo_fast import vllm_process
 from ampo_fast.config import load_config
 from ampo_fast.trainer import train
+from ampo_fast.vllm import process
 
 if __name__ == "__main__":
     config = load_config(sys.argv[1])
     fake = [sys.executable, str(HERE / "fake_vllm.py"), "--model", config.model.path, "--port"]
-    vllm_process.serve_command = lambda *a: lambda port: [*fake, str(port)]
+    process.serve_command = lambda *a: lambda port: [*fake, str(port)]
     try:
         train(config, resume="--resume" in sys.argv)
     except Exception as error:

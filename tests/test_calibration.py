@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ampo_fast.calibration import (
+from ampo_fast.reward_model.calibration import (
     best_of_n_regret,
     brier_score,
     clustered_standard_error,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ampo_fast.config import Config, build_config, field_paths, load_config, parse_overrides, recipe_path
-from ampo_fast.reward_config import RewardTrainingConfig
+from ampo_fast.reward_model.config import RewardTrainingConfig
 
 MINIMAL = {"data": {"train": "t.jsonl"}, "model": {"path": "m"}}
 

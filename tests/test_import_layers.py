@@ -3,11 +3,15 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
+# A package is one entry (losses, report), or a room: each of its modules is one (vllm.engine).
 LEVELS = [
-    {"types", "config", "reward_config", "calibration", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace",
-     "evaluation_summary", "_C", "kernels", "dispatch", "templating", "urls", "engine_config"},
+    {"types", "config", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
+     "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline", "reward_model.config",
+     "reward_model.calibration"},
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
@@ -15,44 +19,58 @@ LEVELS = [
      "packing", "embeddings", "rewards", "rollouts", "select", "pareto", "segments", "replay", "sampler", "optimizer",
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
-     "update", "reference_logps", "split_groups", "utilisation", "rounds", "reward_data", "reward_text", "frozen_blocks",
-     "reward_model",      "reward_evaluation", "mean_pooling",
-     "reward_checkpoint", "classifier_settings", "active_pairs",
-     "http_client", "http_reward", "canary", "vllm_engine", "vllm_server", "vllm_process", "vllm_requests",
-     "vllm_replica", "lifeline", "engines", "main_engine", "lookahead", "vllm_transfer"},
+     "update", "reference_logps", "split_groups", "utilisation", "rounds", "active_pairs",
+     "http_client", "http_reward", "engines", "main_engine", "lookahead",
+     "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",
+     "reward_model.checkpoint", "reward_model.classifier_settings", "reward_model.data", "reward_model.evaluation",
+     "reward_model.frozen_blocks", "reward_model.mean_pooling", "reward_model.model", "reward_model.text"},
     {"report", "preview", "stages", "inspect_rows"},
-    {"trainer", "reward_training", "evaluate"},
+    {"trainer", "reward_model.training", "evaluate"},
     {"cli"},
 ]  # fmt: skip
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+ROOMS = {name.split(".")[0] for name in LEVEL if "." in name}
+
+
+def entry(parts):
+    """("model",) -> "model", ("losses", "stats") -> "losses", ("vllm", "engine", "VllmEngine") -> "vllm.engine"."""
+    return ".".join(parts[:2]) if parts[0] in ROOMS else parts[0]
 
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ampo_fast":
-            parts = node.module.split(".")
-            yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names if a.name in LEVEL]
-        elif isinstance(node, ast.Import):
-            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("ampo_fast.")]
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import, which this test does not follow"
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            # What `from ampo_fast import` finds without a level is a public name, found by __getattr__.
+            if package == "ampo_fast" and parts and (len(parts) > 1 or parts[0] in LEVEL.keys() | ROOMS):
+                yield entry(parts)
 
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if name != "__init__":
-            yield name, path
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] != "__init__" or (len(parts) > 1 and parts[0] not in ROOMS):
+            yield entry(parts), path
 
 
-def test_every_module_has_a_level():
-    assert sorted({name for name, _ in modules()} - LEVEL.keys()) == []
+def test_every_module_has_a_level_and_every_level_its_modules():
+    assert {name for name, _ in modules()} ^ LEVEL.keys() == {"_C", "kernels"}  # which are made from other directories
 
 
 def test_imports_go_down_and_never_in_a_circle():
     graph = {}
     for name, path in modules():
+        where = path.relative_to(PACKAGE)
         for target in imports_of(path):
+            assert target in LEVEL, f"{where} imports {target}, which has no level"
             assert LEVEL[target] <= LEVEL[name], (
-                f"{path.name} (level {LEVEL[name]}) imports {target} (level {LEVEL[target]})"
+                f"{where} (level {LEVEL[name]}) imports {target} (level {LEVEL[target]})"
             )
             if target != name:
                 graph.setdefault(name, set()).add(target)
@@ -68,6 +86,14 @@ def test_imports_go_down_and_never_in_a_circle():
 
     for name in graph:
         visit(name)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_begins_with_its_map_and_nothing_else(room):
+    text = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    assert len(text.body) == 1, "importing one module of a room must not import others"
+    named = [line.split()[0] for line in ast.get_docstring(text).splitlines() if line.startswith("    ")]
+    assert sorted(named) == sorted(path.stem for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__")
 
 
 def test_heavy_imports_live_in_few_modules():
@@ -86,10 +112,10 @@ def test_heavy_imports_live_in_few_modules():
             }:
                 users.setdefault(root, set()).add(name)
     assert users["transformers"] == {
-        "assets", "attention", "embeddings", "model", "model_files", "reward_model", "rollouts",
+        "assets", "attention", "embeddings", "model", "model_files", "reward_model.model", "rollouts",
     }  # fmt: skip
     assert users["datasets"] == {"data"}
-    assert users["vllm"] == {"vllm_engine"}
+    assert users["vllm"] == {"vllm.engine"}
     assert users["peft"] == {"lora"}
     assert users["wandb"] == {"metrics"}
     assert users["plotly"] <= {"report"}

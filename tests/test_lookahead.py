@@ -10,7 +10,6 @@ import pytest
 from builders import config, prompt
 from runs import write_run
 
-from ampo_fast import vllm_process
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.lookahead import Lookahead
@@ -23,6 +22,7 @@ from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trace import TRACE_FILE, Trace, read_spans
 from ampo_fast.trainer import train
+from ampo_fast.vllm import process
 
 HERE = Path(__file__).parent
 PROMPTS = [prompt(i, f"say {word}") for i, word in enumerate(["tea", "sun", "rain", "wind"])]
@@ -165,7 +165,7 @@ def test_an_engine_that_shares_the_trainers_cores_cannot_be_ahead(engine):
 def test_a_run_tells_how_stale_its_answers_are(tiny_model, tmp_path, monkeypatch, max_staleness):
     monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
     fake = [sys.executable, str(HERE / "fake_vllm.py"), "--model", str(tiny_model), "--port"]
-    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [*fake, str(port)])
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: [*fake, str(port)])
     path = write_run(
         tmp_path, tiny_model, run={"steps": 4}, checkpoint={"every": 0}, eval={"prompts": 0},
         rollout={"engine": "vllm-server", "prompts_per_round": 2, "max_staleness": max_staleness},

@@ -6,8 +6,8 @@ from builders import prompt
 from test_reward_model import encode, groups, hf_scores, load, make_tiny_bert
 from torch.nn.functional import layer_norm
 
-from ampo_fast.mean_pooling import SCALE
-from ampo_fast.reward_model import RewardModel
+from ampo_fast.reward_model.mean_pooling import SCALE
+from ampo_fast.reward_model.model import RewardModel
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_line_breaks_are_visible_where_the_tokenizer_would_drop_them(tiny_bert, 
 
 
 def load_config(path):
-    from ampo_fast.reward_config import RewardModelConfig
+    from ampo_fast.reward_model.config import RewardModelConfig
 
     # One more word than the model has embeddings for: the tokens are what is looked at.
     return RewardModelConfig(path=str(path))

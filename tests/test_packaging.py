@@ -22,6 +22,14 @@ def test_kernels_is_not_ours_from_anywhere(tmp_path):
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_vllm_is_not_ours_from_anywhere(tmp_path):
+    code = (
+        "import importlib.util as u, ampo_fast.vllm as ours;"
+        "print(getattr(u.find_spec('vllm'), 'origin', None) == ours.__file__)"
+    )
+    assert run_elsewhere(code, tmp_path) == "False"
+
+
 def test_the_extension_and_the_package_files_are_installed(tmp_path):
     code = (
         "from ampo_fast import _C; from ampo_fast.config import load_config; from ampo_fast.data import load_prompts;"
@@ -36,8 +44,10 @@ def test_the_extension_and_the_package_files_are_installed(tmp_path):
         ("ampo_fast", ("transformers", "triton", "vllm", "pydantic", "wandb")),
         ("ampo_fast.cli", ("torch", "transformers", "numpy", "rich")),
         ("ampo_fast.config", ("torch", "transformers", "numpy")),
+        ("ampo_fast.reward_model.config", ("torch", "transformers", "numpy")),
         ("ampo_fast.losses", ("transformers", "vllm")),
         ("ampo_fast.fused", ("transformers", "vllm")),
+        ("ampo_fast.vllm.lifeline", ("torch", "vllm", "pydantic")),
     ],
 )
 def test_imports_stay_light(module, banned, tmp_path):
@@ -58,8 +68,8 @@ def test_a_wheel_holds_everything_and_works_without_the_checkout(tmp_path):
     (wheel,) = tmp_path.glob("ampo_fast-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for wanted in ("ampo_fast/recipes/quickstart.toml", "ampo_fast/prompts/quickstart_train.jsonl",
-                   "ampo_fast/templates/report.html.j2", "ampo_fast/losses/stats.py",
-                   "ampo_fast/kernels/row_pass.py"):  # fmt: skip
+                   "ampo_fast/templates/report.html.j2", "ampo_fast/losses/stats.py", "ampo_fast/vllm/lifeline.py",
+                   "ampo_fast/reward_model/config.py", "ampo_fast/kernels/row_pass.py"):  # fmt: skip
         assert wanted in names
     assert any(name.startswith("ampo_fast/_C.") for name in names)
     assert not any(name.startswith("kernels/") for name in names)

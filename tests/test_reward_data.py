@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 from builders import prompt
 
-from ampo_fast.reward_config import RewardDataConfig
-from ampo_fast.reward_data import by_prompt, check_margins, conversation_key, hold_out, load_groups, margins_and_labels
+from ampo_fast.reward_model.config import RewardDataConfig
+from ampo_fast.reward_model.data import (
+    by_prompt,
+    check_margins,
+    conversation_key,
+    hold_out,
+    load_groups,
+    margins_and_labels,
+)
 from ampo_fast.types import GivenResponse, Prompt
 
 

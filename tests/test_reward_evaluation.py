@@ -10,9 +10,9 @@ from conftest import make_tiny_model
 
 from ampo_fast import cli
 from ampo_fast.evaluate import Scorer, check_same_vocabulary, implicit_rewards
-from ampo_fast.reward_config import RewardModelConfig
-from ampo_fast.reward_evaluation import evaluate_scores, pair_table
-from ampo_fast.reward_model import RewardModel
+from ampo_fast.reward_model.config import RewardModelConfig
+from ampo_fast.reward_model.evaluation import evaluate_scores, pair_table
+from ampo_fast.reward_model.model import RewardModel
 from ampo_fast.types import GivenResponse, Prompt
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from builders import prompt
 
-from ampo_fast.reward_config import RewardModelConfig
-from ampo_fast.reward_model import RewardModel, token_batches
+from ampo_fast.reward_model.config import RewardModelConfig
+from ampo_fast.reward_model.model import RewardModel, token_batches
 from ampo_fast.types import GivenResponse, Prompt
 
 TEXTS = (("yes.", "yes indeed, and why not?"), ("no", "never ever", "no"), ("a" * 40, "b"))

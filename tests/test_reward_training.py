@@ -11,10 +11,10 @@ from builders import group as candidate_group
 from ampo_fast import cli
 from ampo_fast.config import build_config
 from ampo_fast.metrics import read_metrics
-from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
-from ampo_fast.reward_data import conversation_key
-from ampo_fast.reward_model import EncodedGroup
-from ampo_fast.reward_training import (
+from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
+from ampo_fast.reward_model.data import conversation_key
+from ampo_fast.reward_model.model import EncodedGroup
+from ampo_fast.reward_model.training import (
     Item,
     RewardTrainer,
     ScoreInfoNCA,
@@ -205,8 +205,8 @@ def test_the_trained_model_is_the_reward_of_a_policy(tiny_model, tmp_path):
     from test_trainer import write_run
 
     from ampo_fast.config import load_config
-    from ampo_fast.reward_config import RewardModelConfig
-    from ampo_fast.reward_model import RewardModel
+    from ampo_fast.reward_model.config import RewardModelConfig
+    from ampo_fast.reward_model.model import RewardModel
     from ampo_fast.trainer import train
 
     summary = train_reward(settings(tmp_path, tiny_model, run={"epochs": 1}))

@@ -18,7 +18,7 @@ from ampo_fast.metrics import read_metrics
 from ampo_fast.rollouts import stream_seed
 from ampo_fast.stage_files import read_rows
 from ampo_fast.types import Sampling
-from ampo_fast.vllm_requests import BadAnswer, read_candidate, request_fields
+from ampo_fast.vllm.requests import BadAnswer, read_candidate, request_fields
 
 HERE = Path(__file__).parent
 SMOLLM = "package:smollm2-135m-instruct"

@@ -12,8 +12,7 @@ import pytest
 from builders import group, prompt
 from runs import HERE, environment, torchrun, workers, write_run
 
-from ampo_fast import distributed, vllm_process
-from ampo_fast.canary import SyncError
+from ampo_fast import distributed
 from ampo_fast.config import load_config
 from ampo_fast.data import load_prompts
 from ampo_fast.http_client import HttpError
@@ -22,6 +21,8 @@ from ampo_fast.rollouts import IncompleteBatch, shared_answers, stream_seed
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trainer import train
+from ampo_fast.vllm import process
+from ampo_fast.vllm.canary import SyncError
 
 
 def write(tmp_path, tiny_model, **options):
@@ -80,7 +81,7 @@ def test_both_ranks_train_on_what_rank_0_was_answered_and_a_kill_repeats_nothing
     one.mkdir()
     monkeypatch.setenv("FAKE_VLLM_DIR", str(one))
     fake = [sys.executable, str(HERE / "fake_vllm.py"), "--model", str(tiny_model), "--port"]
-    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [*fake, str(port)])
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: [*fake, str(port)])
     train(load_config(str(write(one, tiny_model))))
     alone = [row for row in read_metrics(one / "runs/r/metrics.jsonl") if "loss" in row]
     for name in ("loss", "grad_norm", "reward", "group/trained", "num_tokens"):
@@ -131,7 +132,7 @@ def test_one_rank_gets_all_that_it_answers():
 
 AGREEING = """
 from ampo_fast import distributed
-from ampo_fast.canary import SyncError
+from ampo_fast.vllm.canary import SyncError
 def fail():
     class Local(Exception): pass  # which no other process has
     raise Local("disk full")
@@ -153,7 +154,7 @@ with distributed.process_group(60):
 
 def test_what_stops_one_rank_stops_the_other_with_the_same_words():
     """As a canary that fails in one rank's own engine."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(vllm_process.free_port("127.0.0.1")), "WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process.free_port("127.0.0.1")), "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", AGREEING], env=environment() | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE,
@@ -164,7 +165,9 @@ def test_what_stops_one_rank_stops_the_other_with_the_same_words():
     for rank in ranks:
         _, err = rank.communicate(timeout=200)
         # Not the last line where torch's own threads are still there as the process ends.
-        assert any(line.endswith("ampo_fast.canary.SyncError: vllm of rank 1 is stale") for line in err.splitlines())
+        assert any(
+            line.endswith("ampo_fast.vllm.canary.SyncError: vllm of rank 1 is stale") for line in err.splitlines()
+        )
         assert rank.returncode != 0
 
 
@@ -173,6 +176,6 @@ def test_a_server_does_not_see_what_torchrun_tells_this_rank(monkeypatch):
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    seen = vllm_process.server_environment()
+    seen = process.server_environment()
     assert not told.keys() & seen.keys()
     assert seen["PATH"] == os.environ["PATH"]

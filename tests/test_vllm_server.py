@@ -15,8 +15,6 @@ import pytest
 import torch
 from builders import prompt
 
-from ampo_fast import vllm_process
-from ampo_fast.canary import SyncError
 from ampo_fast.config import ModelConfig
 from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.evaluation import response_logp
@@ -24,7 +22,9 @@ from ampo_fast.http_client import HttpError
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import IncompleteBatch
 from ampo_fast.types import Sampling
-from ampo_fast.vllm_server import VllmServerEngine
+from ampo_fast.vllm import process
+from ampo_fast.vllm.canary import SyncError
+from ampo_fast.vllm.server import VllmServerEngine
 from ampo_fast.weight_sync import push_weights
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def policy(tiny_model):
 def make(policy, tiny_model, tmp_path, monkeypatch):
     """Engines on fake servers; everything they start is ended."""
     monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
-    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: fake_command(tiny_model, port))
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: fake_command(tiny_model, port))
     engines = []
 
     def build(**options):
@@ -189,17 +189,15 @@ def test_closed_while_another_thread_generates_it_hands_over_what_was_finished_a
 
 
 def test_a_server_that_cannot_start_says_why(make, monkeypatch):
-    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", "exit('no GPU')"])
-    with pytest.raises(vllm_process.ServerDied, match="no GPU"):
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", "exit('no GPU')"])
+    with pytest.raises(process.ServerDied, match="no GPU"):
         make().generate(PROMPTS, 3, SAMPLING)
 
 
 def test_the_cause_far_above_a_dead_servers_last_words_is_named_too(make, monkeypatch):
     script = "print('RuntimeError: the worker broke'); print('noise ' * 2000); exit('last words')"
-    monkeypatch.setattr(vllm_process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", script])
-    with pytest.raises(
-        vllm_process.ServerDied, match=r"(?s)last words.*exceptions before that:\nRuntimeError: the worker"
-    ):
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: [sys.executable, "-c", script])
+    with pytest.raises(process.ServerDied, match=r"(?s)last words.*exceptions before that:\nRuntimeError: the worker"):
         make().generate(PROMPTS, 3, SAMPLING)
 
 
@@ -208,7 +206,7 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(make, policy, monke
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = [taken.getsockname()[1], free_port()]
-        monkeypatch.setattr(vllm_process, "free_port", lambda host: ports.pop(0))
+        monkeypatch.setattr(process, "free_port", lambda host: ports.pop(0))
         engine = make()
         assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
     assert not ports
@@ -263,7 +261,7 @@ def other_address():
 def test_servers_die_with_a_trainer_that_is_killed():
     code = (
         "import subprocess, sys, time\n"
-        "p = subprocess.Popen([sys.executable, '-m', 'ampo_fast.lifeline', sys.executable, '-c',"
+        "p = subprocess.Popen([sys.executable, '-m', 'ampo_fast.vllm.lifeline', sys.executable, '-c',"
         " 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'], stdin=subprocess.PIPE,"
         " stdout=subprocess.PIPE, start_new_session=True)\n"
         "print(p.stdout.readline().decode(), flush=True)\n"
@@ -311,8 +309,8 @@ def test_insecure_serialisation_is_never_passed_on(make, monkeypatch):
 
 
 def test_a_server_of_several_devices_splits_its_model(monkeypatch):
-    monkeypatch.setattr(vllm_process, "find_spec", lambda name: name)
+    monkeypatch.setattr(process, "find_spec", lambda name: name)
     options = read_options(VllmConfig, {"replicas": 3, "devices": ["0", "1,2", "3,4,5,6"]}, "rollout.options")
-    commands = [process._command(8000) for process in vllm_process.make_processes("m", "float32", options)]
+    commands = [server._command(8000) for server in process.make_processes("m", "float32", options)]
     assert "--tensor-parallel-size" not in commands[0]
     assert [c[c.index("--tensor-parallel-size") + 1] for c in commands[1:]] == ["2", "4"]

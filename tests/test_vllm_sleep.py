@@ -7,13 +7,12 @@ import torch
 from builders import prompt
 from fake_vllm import Server
 
-from ampo_fast import vllm_engine
 from ampo_fast.config import ModelConfig
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.types import Sampling
-from ampo_fast.vllm_engine import VllmEngine, sleep_level
+from ampo_fast.vllm.engine import VllmEngine, sleep_level
 from ampo_fast.weight_sync import push_weights
 
 PROMPTS = [prompt(0, "say tea"), prompt(1, "say sun")]
@@ -88,7 +87,7 @@ def make(policy, monkeypatch):
     stand_in = SimpleNamespace(
         LLM=SleepyLLM, SamplingParams=lambda **fields: fields, TokensPrompt=lambda prompt_token_ids: prompt_token_ids
     )
-    monkeypatch.setattr(vllm_engine, "_import_vllm", lambda: stand_in)
+    monkeypatch.setattr("ampo_fast.vllm.engine._import_vllm", lambda: stand_in)
 
     def build(level):
         engine = VllmEngine(policy, VllmConfig(), "float32")

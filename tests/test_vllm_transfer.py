@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ampo_fast import vllm_replica
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError
-from ampo_fast.vllm_transfer import ROUTES, WeightTransfer
+from ampo_fast.vllm.replica import Replica
+from ampo_fast.vllm.transfer import ROUTES, WeightTransfer
 
 WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("lm_head.weight", torch.ones(4, 3))]
 
@@ -91,9 +91,9 @@ def test_one_rendezvous_then_start_update_and_finish_for_every_version(api, send
 
 
 def test_a_replica_forgets_its_keys_and_values_after_the_weights_and_is_never_started_again(api, monkeypatch):
-    monkeypatch.setattr(vllm_replica, "transfer_api", lambda: api)
+    monkeypatch.setattr("ampo_fast.vllm.replica.transfer_api", lambda: api)
     client = FakeClient()
-    replica = vllm_replica.Replica("server-0", VllmConfig(transfer="nccl", restarts=3), process=object(), client=client)
+    replica = Replica("server-0", VllmConfig(transfer="nccl", restarts=3), process=object(), client=client)
     replica.receive(1, WEIGHTS, torch.float32)
     assert [path for path, _ in client.calls][-2:] == [ROUTES["finish"], "/reset_prefix_cache"]
     assert replica.restarts_left == 0

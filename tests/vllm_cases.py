@@ -12,16 +12,16 @@ import time
 
 import torch
 
-from ampo_fast.canary import SyncError
 from ampo_fast.config import build_config
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.types import Prompt, Sampling
-from ampo_fast.vllm_engine import transfer_api
-from ampo_fast.vllm_server import VllmServerEngine
-from ampo_fast.vllm_transfer import ROUTES, make_source
+from ampo_fast.vllm.canary import SyncError
+from ampo_fast.vllm.engine import transfer_api
+from ampo_fast.vllm.server import VllmServerEngine
+from ampo_fast.vllm.transfer import ROUTES, make_source
 from ampo_fast.weight_sync import named_weights, push_weights
 
 PROMPTS = [
@@ -121,7 +121,7 @@ def running(model, dtype):
 
 
 def transfer(model, dtype):
-    """What vllm_transfer builds on vLLM's own classes, as far as it goes without a GPU."""
+    """What vllm.transfer builds on vLLM's own classes, as far as it goes without a GPU."""
     from vllm.entrypoints.rl.online.api_router import router
 
     api = transfer_api()

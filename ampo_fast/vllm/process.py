@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
-from ampo_fast.vllm_requests import HEAD_IN_FLOAT32, computes_prompts_whole
+from ampo_fast.vllm.requests import HEAD_IN_FLOAT32, computes_prompts_whole
 
 _TAIL_BYTES, _READ_BYTES = 3000, 300_000
 _EXCEPTION = re.compile(r"\b[\w.]*(?:Error|Exception): .{1,300}")
@@ -78,7 +78,7 @@ class VllmProcess:
             env["CUDA_VISIBLE_DEVICES"] = self._device
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ampo_fast.lifeline", *self._command(port)],
+                [sys.executable, "-m", "ampo_fast.vllm.lifeline", *self._command(port)],
                 stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True,
             )  # fmt: skip
 

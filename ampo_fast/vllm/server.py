@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
-from ampo_fast import canary
-from ampo_fast.canary import Canary
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import IncompleteBatch
 from ampo_fast.stage_files import save_tensors
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
-from ampo_fast.vllm_process import ServerDied, make_processes
-from ampo_fast.vllm_replica import Replica
-from ampo_fast.vllm_requests import request_fields
+from ampo_fast.vllm import canary
+from ampo_fast.vllm.canary import Canary
+from ampo_fast.vllm.process import ServerDied, make_processes
+from ampo_fast.vllm.replica import Replica
+from ampo_fast.vllm.requests import request_fields
 from ampo_fast.weight_sync import named_weights
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from torch import nn
 
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
-from ampo_fast.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
-from ampo_fast.frozen_blocks import FrozenBlocks
-from ampo_fast.mean_pooling import append_mean_block, mean_first_tokens, standardise
 from ampo_fast.model import attention_implementation
-from ampo_fast.reward_config import RewardModelConfig
-from ampo_fast.reward_text import RewardText
+from ampo_fast.reward_model.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
+from ampo_fast.reward_model.config import RewardModelConfig
+from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
+from ampo_fast.reward_model.mean_pooling import append_mean_block, mean_first_tokens, standardise
+from ampo_fast.reward_model.text import RewardText
 from ampo_fast.types import Prompt, Segment
 
 _MAX_WASTE = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ampo_fast.reward_config import RewardModelConfig
+from ampo_fast.reward_model.config import RewardModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
-from ampo_fast.vllm_process import free_port
+from ampo_fast.vllm.process import free_port
 
 ROUTES = {
     "init": "/init_weight_transfer_engine",
@@ -27,7 +27,7 @@ Weights = Sequence[tuple[str, torch.Tensor]]
 
 
 class WeightTransfer:
-    """One server's NCCL group with this process; `api` is vllm_engine.transfer_api()."""
+    """One server's NCCL group with this process; `api` is engine.transfer_api()."""
 
     def __init__(self, api: Any, name: str, client: JsonClient, options: VllmConfig, dtype: torch.dtype) -> None:
         self._api, self._name, self._options = api, name, options

@@ -16,7 +16,7 @@ from typing import Any
 from ampo_fast.config import LossConfig
 from ampo_fast.data import load_prompts
 from ampo_fast.margins_fit import resolve_gamma
-from ampo_fast.reward_config import RewardDataConfig
+from ampo_fast.reward_model.config import RewardDataConfig
 from ampo_fast.types import GivenResponse, Prompt
 
 log = logging.getLogger(__name__)

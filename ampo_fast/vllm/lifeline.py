@@ -1,4 +1,4 @@
-"""python -m ampo_fast.lifeline COMMAND...: runs COMMAND in a process group that dies with whoever started it.
+"""python -m ampo_fast.vllm.lifeline COMMAND...: runs COMMAND in a process group that dies with whoever started it.
 
 A trainer that is killed cannot stop its servers, and they would hold their GPUs for ever. The kernel closes the pipe to
 our stdin at its death, whatever its cause: then the whole group is killed.

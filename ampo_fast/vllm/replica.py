@@ -13,10 +13,10 @@ from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate
-from ampo_fast.vllm_engine import transfer_api
-from ampo_fast.vllm_process import VllmProcess
-from ampo_fast.vllm_requests import BadAnswer, read_candidate
-from ampo_fast.vllm_transfer import Weights, WeightTransfer
+from ampo_fast.vllm.engine import transfer_api
+from ampo_fast.vllm.process import VllmProcess
+from ampo_fast.vllm.requests import BadAnswer, read_candidate
+from ampo_fast.vllm.transfer import Weights, WeightTransfer
 
 _PROBE_TIMEOUT_S = 5.0
 

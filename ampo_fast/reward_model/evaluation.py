@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ampo_fast.calibration import (
+from ampo_fast.reward_model.calibration import (
     best_of_n_regret,
     brier_score,
     clustered_standard_error,
@@ -25,7 +25,7 @@ from ampo_fast.calibration import (
     spearman,
     wilson_interval,
 )
-from ampo_fast.reward_data import conversation_key
+from ampo_fast.reward_model.data import conversation_key
 from ampo_fast.types import Prompt
 
 _LENGTH_EDGES = (-math.inf, -math.log(2.0), -math.log(1.1), math.log(1.1), math.log(2.0), math.inf)

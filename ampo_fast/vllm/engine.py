@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ampo_fast import canary, distributed
-from ampo_fast.canary import Canary
+from ampo_fast import distributed
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
-from ampo_fast.vllm_requests import (
+from ampo_fast.vllm import canary
+from ampo_fast.vllm.canary import Canary
+from ampo_fast.vllm.requests import (
     HEAD_IN_FLOAT32,
     BadAnswer,
     computes_prompts_whole,
@@ -188,7 +189,7 @@ class _Vllm:
 
 
 def transfer_api() -> SimpleNamespace:
-    """The names of vLLM's weight-transfer API that vllm_transfer uses. Raises ValueError where vllm has none."""
+    """The names of vLLM's weight-transfer API that transfer.py uses. Raises ValueError where vllm has none."""
     try:
         from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

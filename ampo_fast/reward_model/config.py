@@ -1,4 +1,4 @@
-"""The configuration of `ampo-fast train-reward`: the sections of config.py where they fit, its own where they do not."""
+"""The configuration of `ampo-fast train-reward`: the sections of ampo_fast.config where they fit, its own where they do not."""
 
 from __future__ import annotations
 

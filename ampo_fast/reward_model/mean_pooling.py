@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ampo_fast.frozen_blocks import Skip, find_blocks
+from ampo_fast.reward_model.frozen_blocks import Skip, find_blocks
 
 _PARTS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
           "attention.output.LayerNorm", "output.dense", "output.LayerNorm")  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ampo_fast import losses
-from ampo_fast.frozen_blocks import FrozenBlocks
 from ampo_fast.losses import ResponseStats, reward_model
 from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
@@ -26,11 +25,12 @@ from ampo_fast.model_card import versions
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
-from ampo_fast.reward_checkpoint import load_checkpoint, save_checkpoint
-from ampo_fast.reward_config import RewardLossConfig, RewardTrainingConfig
-from ampo_fast.reward_data import check_margins, hold_out, load_groups, margins_and_labels
-from ampo_fast.reward_evaluation import evaluate_scores, pair_measures, pair_table
-from ampo_fast.reward_model import EncodedGroup, RewardModel, token_batches
+from ampo_fast.reward_model.checkpoint import load_checkpoint, save_checkpoint
+from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
+from ampo_fast.reward_model.data import check_margins, hold_out, load_groups, margins_and_labels
+from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
+from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
+from ampo_fast.reward_model.model import EncodedGroup, RewardModel, token_batches
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.types import Prompt
 
