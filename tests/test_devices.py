@@ -1,0 +1,75 @@
+"""Everything stays on its device: whole runs where the CPU's tensors are refused, with the numbers of the CPU's own runs."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import second_device
+from runs import environment, write_run
+
+from ampo_fast.metrics import read_metrics
+
+HERE = Path(__file__).parent
+PAIR = ["--select.strategy", "best_worst", "--select.k", "1"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return second_device.build(tmp_path_factory.mktemp("second"))
+
+
+def finished(*command):
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_second(library, *command):
+    finished(sys.executable, HERE / "second_device.py", library, *command)
+
+
+def losses(config):
+    rows = read_metrics(config.parent / "runs" / "r" / "metrics.jsonl")
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_the_second_device_refuses_the_cpus_tensors(library):
+    mix = "import sys, torch, second_device\nd = second_device.register(sys.argv[1])\ntorch.ones(2, device=d) + torch.ones(2)"
+    done = subprocess.run(
+        [sys.executable, "-c", mix, str(library)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert "Expected all tensors to be on the same device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--embed.model", "package:all-minilm-l6-v2", "--optim.activation_checkpointing", "true"],
+        # A group longer than a micro-batch: log-probs first, then the gradient.
+        ["--loss.name", "REFADynamic", "--optim.micro_batch_tokens", "70"],
+        ["--loss.name", "DPO", *PAIR, "--reference.every", "2", "--reference.decay", "0.5"],
+        ["--model.lora.rank", "2", "--loss.name", "DPO", *PAIR],
+    ],
+    ids=["on-policy", "split groups", "moving reference", "lora"],
+)
+def test_a_resumed_run_stays_on_its_device_and_has_the_cpus_losses(library, tmp_path, tiny_model, options):
+    config = write_run(tmp_path, tiny_model, run={"steps": 4, "trackers": []})
+    finished(sys.executable, "-m", "ampo_fast.cli", "train", config, *options)
+    expected = losses(config)
+    shutil.rmtree(tmp_path / "runs/r/checkpoints/step_000004")
+    for path in (tmp_path / "runs/r/rollouts").glob("step_000003*"):
+        path.unlink()
+    on_second(library, "train", config, *options, "--resume", "auto")
+    assert losses(config) == pytest.approx(expected, rel=1e-3)
+    assert losses(config) != expected  # the sums run in another order: it did train there
+
+
+def test_bfloat16_by_autocast_stays_on_its_device(library, tmp_path, tiny_model):
+    config = write_run(
+        tmp_path, tiny_model, run={"steps": 2, "trackers": []}, model={"path": str(tiny_model), "dtype": "bfloat16"}
+    )
+    on_second(library, "train", config)
+    assert len(losses(config)) == 2
+    assert all(map(math.isfinite, losses(config)))
