@@ -84,6 +84,11 @@ class ModelConfig(Section):
     compile: bool = Field(
         False, description="torch.compile of the layers in training: minutes to start, then less time between products."
     )
+    liger: bool = Field(
+        False,
+        description="Liger's kernels in the layers, on a GPU; needs ampo_fast[liger].",
+        json_schema_extra=ADVANCED,
+    )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
     lora: LoraConfig = Field(
         default_factory=LoraConfig,

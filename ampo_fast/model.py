@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ampo_fast import attention, distributed, lora
+from ampo_fast import attention, distributed, liger, lora
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
@@ -49,10 +49,12 @@ class Policy(nn.Module):
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         if found:
             self.stop_ids, self.is_shared = found
-            return
-        self.stop_ids: tuple[int, ...] = stop_ids(model, tokenizer)
-        self._check_head()
-        self.is_shared: bool = self._decide_shared(config.attention)
+        else:
+            self.stop_ids: tuple[int, ...] = stop_ids(model, tokenizer)
+            self._check_head()
+            self.is_shared: bool = self._decide_shared(config.attention)
+        if config.liger:
+            liger.apply(model)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:

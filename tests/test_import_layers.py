@@ -15,7 +15,7 @@ LEVELS = [
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
-    {"data", "attention", "attention_varlen", "lora", "model", "model_files",
+    {"data", "attention", "attention_varlen", "lora", "liger", "model", "model_files",
      "packing", "embeddings", "rewards", "rollouts", "select", "pareto", "segments", "replay", "sampler", "optimizer",
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
@@ -109,6 +109,7 @@ def test_heavy_imports_live_in_few_modules():
                 "plotly",
                 "vllm",
                 "peft",
+                "liger_kernel",
             }:
                 users.setdefault(root, set()).add(name)
     assert users["transformers"] == {
@@ -117,5 +118,6 @@ def test_heavy_imports_live_in_few_modules():
     assert users["datasets"] == {"data"}
     assert users["vllm"] == {"vllm.engine"}
     assert users["peft"] == {"lora"}
+    assert users["liger_kernel"] == {"liger"}
     assert users["wandb"] == {"metrics"}
     assert users["plotly"] <= {"report"}
