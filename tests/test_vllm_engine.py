@@ -131,9 +131,9 @@ def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
 
 
 @needs_vllm
-@pytest.mark.slow
-def test_bfloat16_stays_within_its_tolerance():
-    result = case("sync", SMOLLM, "bfloat16")
+@pytest.mark.parametrize("model", ["tiny", pytest.param(SMOLLM, marks=pytest.mark.slow)])
+def test_bfloat16_stays_within_its_tolerance(model, tmp_path):
+    result = case("sync", tiny_for_vllm(tmp_path) if model == "tiny" else model, "bfloat16")
     assert max(result["gaps"]) <= 0.05
     assert max(result["canary"]) <= 0.05
 
