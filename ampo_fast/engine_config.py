@@ -38,6 +38,11 @@ class VllmConfig(Section):
     transfer_host: str = Field("127.0.0.1", description='Our address as the servers of transfer = "nccl" reach it.')
     memory_share: Share = Field(0.4, description="Of the GPU, for weights and keys and values (unused on a CPU).")
     max_model_len: Count = Field(0, description="Prompt + response tokens; 0: the model's own limit.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="vLLM's weights and activations; default: model.dtype. float16 is nearer to the trainer's bfloat16 than "
+        "vLLM's own bfloat16, for a model whose activations stay below 65504.",
+    )
     sleep_level: Literal[0, 1, 2] | None = Field(
         None,
         description="Of the engine in this process while it is not asked: 0 keeps its memory, 1 moves the weights to host "
@@ -51,7 +56,8 @@ class VllmConfig(Section):
     restarts: Count = Field(1, description="Times that each started server may be started again in a run.")
     canary_tol: Annotated[float, Field(gt=0.0)] | None = Field(
         None,
-        description="Mean |engine - trainer| log-prob allowed after a sync, in nats; default 0.001, bfloat16 0.05.",
+        description="Mean |engine - trainer| log-prob allowed after a sync, in nats; default 0.001 where both compute in "
+        "float32, else 0.05.",
     )
 
     @model_validator(mode="after")

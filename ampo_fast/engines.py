@@ -23,8 +23,9 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     if rollout.engine == "transformers":
         return TransformersEngine(policy, rollout.batch_rows)
     options = read_options(VllmConfig, rollout.options, "rollout.options")
+    dtype = options.dtype or config.model.dtype
     if rollout.engine == "vllm":
-        return VllmEngine(policy, options, config.model.dtype)
+        return VllmEngine(policy, options, dtype)
     if distributed.world_size() == 1:
-        return VllmServerEngine(policy, options, config.model.dtype)
-    return MainEngine(lambda: VllmServerEngine(policy, options, config.model.dtype))
+        return VllmServerEngine(policy, options, dtype)
+    return MainEngine(lambda: VllmServerEngine(policy, options, dtype))

@@ -1,6 +1,6 @@
 """What tests/test_vllm_engine.py runs in processes of their own (vLLM binds threads and keeps global state).
 
-python vllm_cases.py sync|kill|running|transfer MODEL DTYPE -> a JSON object on the last line.
+python vllm_cases.py sync|kill|running|transfer MODEL DTYPE[:ENGINE_DTYPE] -> a JSON object on the last line.
 """
 
 import json
@@ -31,7 +31,9 @@ PROMPTS = [
 
 
 def setup(engine, model, dtype):
-    options = {"enforce_eager": True, "max_model_len": 512}
+    """dtype: the trainer's, or TRAINER:ENGINE."""
+    dtype, _, engine_dtype = dtype.partition(":")
+    options = {"enforce_eager": True, "max_model_len": 512, "dtype": engine_dtype or None}
     config = build_config(
         {
             "data": {"train": "x"},

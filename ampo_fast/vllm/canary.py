@@ -92,9 +92,13 @@ class Canary:
         self.metrics[key] = max(value, self.metrics.get(key, 0.0))
 
 
-def default_tolerance(dtype: str) -> float:
-    """Nats a token: what two right implementations may differ by in this compute type."""
-    return 0.001 if dtype == "float32" else 0.05
+def default_tolerance(policy: Policy, dtype: str) -> float:
+    """Nats a token: what the trainer and a right engine that computes in dtype may differ by.
+
+    In half precision most of it is the engine's: SmolLM2 itself, its activations kept in bfloat16, is 0.040 to 0.054 from
+    float32 on the fixed text, 0.004 to 0.006 in float16, and 0.013 to 0.026 under autocast to bfloat16.
+    """
+    return 0.001 if policy.compute_dtype == torch.float32 and dtype == "float32" else 0.05
 
 
 def _fixed_prompt(policy: Policy) -> tuple[Prompt, tuple[int, ...]]:

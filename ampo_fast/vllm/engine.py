@@ -39,7 +39,7 @@ class VllmEngine:
     def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
         self.policy, self.options, self.dtype = policy, options, dtype
         self.version = 0
-        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(dtype))
+        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(policy, dtype))
         self.sleep_level = sleep_level(options, policy.device.type)
         self._is_asleep = False
         self._vllm = _import_vllm()

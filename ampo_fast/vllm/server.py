@@ -46,7 +46,7 @@ class VllmServerEngine:
     def __init__(self, policy: Policy, options: VllmConfig, dtype: str) -> None:
         self.policy, self.options = policy, options
         self.version = 0
-        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(dtype))
+        self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(policy, dtype))
         self.compute_dtype = getattr(torch, dtype)
         self.replicas = _replicas(policy, options, dtype)
         self._weights: Path | None = None
