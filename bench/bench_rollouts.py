@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=32, help="length limit of a response")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--eager", action="store_true", help="speed without vLLM's compilation; the other parts have none"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="of the overlap's run")
     parser.add_argument(
         "--candidates", type=int, default=8, help="per prompt of the overlap's run: more, and sampling is longer"
@@ -91,8 +94,9 @@ def nudge(policy: Policy) -> None:
 
 def measure_speed(arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of four ways to sample N candidates of a prompt, alternating in one process."""
-    policy = Policy.load(config_of("vllm", arguments).model)
-    engine = make_engine(config_of("vllm", arguments), policy)
+    config = config_of("vllm", arguments, enforce_eager=arguments.eager)
+    policy = Policy.load(config.model)
+    engine = make_engine(config, policy)
     own = make_engine(config_of("transformers", arguments), policy)
     sampling = Sampling(max_new_tokens=arguments.tokens)
     one = prompts(1, "one")
@@ -128,7 +132,8 @@ def timed_rates(ways: dict[str, Callable[[], list[CandidateGroup]]], arguments: 
             | rows.timings(seconds[way])
             | {
                 "op": "rollout", "variant": way, "mode": "generate", "dtype": "float32",
-                "shape": f"N={N} max_new_tokens={arguments.tokens}", "note": f"{rates[way]:.1f} tokens/s",
+                "shape": f"N={N} max_new_tokens={arguments.tokens}",
+                "note": f"{rates[way]:.1f} tokens/s" + (", vLLM eager" if arguments.eager else ""),
             }
         )  # fmt: skip
     rows.append(arguments.csv, table)
