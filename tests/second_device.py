@@ -19,7 +19,7 @@ def build(folder: Path) -> Path:
     library = folder / "second_device.so"
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    link = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", abi, *include, str(SOURCE), *link, "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
