@@ -1,6 +1,7 @@
 """Everything stays on its device: whole runs where the CPU's tensors are refused, with the numbers of the CPU's own runs."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,16 @@ def losses(config):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_the_second_device_refuses_the_cpus_tensors(library):
-    mix = "import sys, torch, second_device\nd = second_device.register(sys.argv[1])\ntorch.ones(2, device=d) + torch.ones(2)"
+@pytest.mark.parametrize("mix", ["x + y", "x.index_add_(0, y.long(), x)", "torch.cat([x, y])", "y[x.long()]"])
+def test_the_second_device_refuses_the_cpus_tensors(library, mix):
+    lines = ["import sys, torch, second_device", "d = second_device.register(sys.argv[1])"]
+    lines += ["x, y = torch.zeros(1, device=d), torch.zeros(1)", "x[y.long()]", mix]
     done = subprocess.run(
-        [sys.executable, "-c", mix, str(library)], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert "Expected all tensors to be on the same device" in done.stderr
+        [sys.executable, "-c", "\n".join(lines), str(library)],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"line 5, .*RuntimeError: .*\bdevice\b", done.stderr, re.DOTALL), done.stderr
 
 
 @pytest.mark.parametrize(

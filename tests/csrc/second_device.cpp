@@ -110,8 +110,8 @@ const at::Tensor& resize_(const at::Tensor& self, c10::IntArrayRef size, std::op
   return self;
 }
 
-bool takes_cpu(const std::string& name) {  // what CUDA takes from the host too
-  return name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index_put_impl_", 0) == 0;
+bool takes_cpu_indices(const std::string& name) {  // as CUDA does, in x[i] and x[i] = y alone
+  return name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
 }
 
 void check(const c10::OperatorHandle& op, const at::Tensor& tensor) {
@@ -121,12 +121,14 @@ void check(const c10::OperatorHandle& op, const at::Tensor& tensor) {
 }
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  if (!takes_cpu(op.schema().name())) {
-    for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
-      if (value.isTensor()) check(op, value.toTensor());
-      if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorVector()) check(op, tensor);
-      if (value.isOptionalTensorList())
-        for (const auto& tensor : value.toOptionalTensorVector()) if (tensor) check(op, *tensor);
+  const bool any_indices = takes_cpu_indices(op.schema().name());
+  for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (value.isTensor()) {
+      check(op, value.toTensor());
+    } else if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) check(op, tensor);
+    } else if (value.isOptionalTensorList() && !any_indices) {
+      for (const auto& tensor : value.toOptionalTensorVector()) if (tensor) check(op, *tensor);
     }
   }
   at::native::cpu_fallback(op, stack, true);
