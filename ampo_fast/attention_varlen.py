@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ampo_fast.dispatch import on_device
+
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_HEAD_SIZE = 256  # of both kernels
 
@@ -66,9 +68,11 @@ class VarlenPlan:
                 lengths.append(len(seen))
                 at += len(seen)
         return cls(
-            key_index_S=torch.cat(keys).to(device),
-            own_T=torch.cat(own).to(device),
-            copies=tuple((torch.cat(tokens).to(device), torch.cat(at_S).to(device)) for tokens, at_S in copies),
+            key_index_S=on_device(torch.cat(keys), device),
+            own_T=on_device(torch.cat(own), device),
+            copies=tuple(
+                (on_device(torch.cat(tokens), device), on_device(torch.cat(at_S), device)) for tokens, at_S in copies
+            ),
             query_offsets=_offsets(queries, device),
             key_offsets=_offsets(lengths, device),
             max_query=max(queries),

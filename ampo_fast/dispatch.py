@@ -32,6 +32,14 @@ def resolve_impl(op: str, impl: str, tensor: torch.Tensor) -> str:
     return impl
 
 
+def on_device(plan: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor made on the host, such as offsets, on `device`, and nobody waits for what the device has still to do.
+
+    Ordinary host memory is staged before the copy returns, so `plan` may be freed or changed right after.
+    """
+    return plan.to(device, non_blocking=True)
+
+
 def _why_no_triton(tensor: torch.Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "float64 is computed by torch alone; pass float32 or bfloat16"

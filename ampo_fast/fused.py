@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ampo_fast.dispatch import resolve_impl
+from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
@@ -61,7 +61,7 @@ def fused_linear_group_loss(
             gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
             no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute.
         chunk_rows: rows whose logits exist at once, more only for a group that is longer; default about 64 MiB of logits on
-            a CPU, 4096 rows on a GPU.
+            a CPU, 4096 to 8192 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
     Returns:
         (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
@@ -103,7 +103,7 @@ def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B
         check_vector("ref_logp_R", ref_logp_R, int(responses[-1]), device)
     return ResponseStats(
         logp_M=torch.empty(0, device=device),
-        length_M=responses.diff().to(device),
+        length_M=on_device(responses.diff(), device),
         reward_M=reward_M,
         group_offsets=groups,
         ref_logp_M=ref_logp_M,
@@ -145,7 +145,7 @@ def with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: in
     offsets = stats.response_offsets
     eos_logp_M = None
     if eos_logp_R is not None:
-        last_M = offsets[1:].to(logp_R.device) - 1
+        last_M = on_device(offsets[1:], logp_R.device) - 1
         eos_logp_M = eos_logp_R[last_M].masked_fill(target_R[last_M] != eos_id, torch.nan)
     return dataclasses.replace(
         stats,
@@ -223,30 +223,7 @@ class _GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, plan: _Plan):
-        options = plan.options
-        work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
-        plan.target_R = target_R
-        plan.logp_R = hidden_RD.new_zeros(hidden_RD.shape[0], dtype=work)
-        plan.eos_logp_R = None if options.eos_id is None else torch.zeros_like(plan.logp_R)
-        gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        loss = hidden_RD.new_zeros((), dtype=work)
-        buffer = logit_buffer(hidden_RD, weight_VD, max(plan.chunk_rows, plan.longest_group))
-        for first, last in plan.group_runs():
-            rows, part = plan.chunk_stats(first, last)
-            if rows.start == rows.stop:
-                loss += plan.loss_fn(
-                    with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)
-                ).per_group_B.sum()
-                continue
-            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
-            plan.logp_R[rows] = chunk.logp_R
-            if plan.eos_logp_R is not None:
-                plan.eos_logp_R[rows] = chunk.eos_logp_R
-            part_loss, grad_R, grad_eos_R = row_gradients(
-                plan.loss_fn, part, chunk.logp_R, chunk.eos_logp_R, target_R[rows], options.eos_id, plan.normalizer
-            )
-            loss += part_loss
-            gradients.add(rows, chunk.logit_gradient(grad_R, grad_eos_R))
+        loss, gradients = _walk_groups(hidden_RD, weight_VD, bias_V, target_R, plan, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients.result())
         return loss / plan.normalizer
 
@@ -254,6 +231,37 @@ class _GroupedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None)
+
+
+def _walk_groups(
+    hidden_RD, weight_VD, bias_V, target_R, plan: _Plan, needed: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor, HeadGradients]:
+    """(loss summed over the groups, gradients), chunk by chunk. The last chunk's logits are freed when this returns: the
+    gradients are cast where they were."""
+    options = plan.options
+    work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
+    plan.target_R = target_R
+    plan.logp_R = hidden_RD.new_zeros(hidden_RD.shape[0], dtype=work)
+    plan.eos_logp_R = None if options.eos_id is None else torch.zeros_like(plan.logp_R)
+    chunks = [plan.chunk_stats(first, last) for first, last in plan.group_runs()]
+    num_with_rows = sum(rows.start < rows.stop for rows, _ in chunks)
+    gradients = HeadGradients(hidden_RD, weight_VD, bias_V, needed, num_with_rows)
+    loss = hidden_RD.new_zeros((), dtype=work)
+    buffer = logit_buffer(hidden_RD, weight_VD, max(plan.chunk_rows, plan.longest_group))
+    for rows, part in chunks:
+        if rows.start == rows.stop:
+            loss += plan.loss_fn(with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)).per_group_B.sum()
+            continue
+        chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
+        plan.logp_R[rows] = chunk.logp_R
+        if plan.eos_logp_R is not None:
+            plan.eos_logp_R[rows] = chunk.eos_logp_R
+        part_loss, grad_R, grad_eos_R = row_gradients(
+            plan.loss_fn, part, chunk.logp_R, chunk.eos_logp_R, target_R[rows], options.eos_id, plan.normalizer
+        )
+        loss += part_loss
+        gradients.add(rows, chunk.logit_gradient(grad_R, grad_eos_R))
+    return loss, gradients
 
 
 def row_gradients(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ampo_fast.dispatch import resolve_impl
-from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer
+from ampo_fast.head import HeadOptions, default_chunk_rows, forward_chunk_rows, head_chunk, logit_buffer
 from ampo_fast.validation import check_head, check_logprobs
 
 
@@ -29,8 +29,9 @@ def linear_logprob(
     Args:
         hidden_RD, weight_VD: same float dtype and device. target_R: int64 ids in 0 .. V - 1.
         eos_id: also return every row's log-prob of this id.
-        impl: "torch", "triton" (logits by cuBLAS, rows by Triton; where no gradient is wanted, a kernel that writes no
-            logits) or "auto": triton for CUDA tensors.
+        impl: "torch", "triton" or "auto" (triton for CUDA tensors): logits by cuBLAS, chunk by chunk, rows by Triton. Asked
+            for by its name where no gradient is wanted, "triton" is a kernel that writes no logits: no memory beside the
+            answer, slower than cuBLAS.
     Returns:
         logp_R in nats, float32 (float64 for float64 input), never above 0; with eos_id the pair (logp_R, eos_logp_R).
     Raises:
@@ -42,19 +43,22 @@ def linear_logprob(
     wants_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_RD, weight_VD, bias_V)
     )
-    if chosen == "triton" and not wants_gradient:
+    if impl == "triton" and not wants_gradient:
         from ampo_fast.kernels.forward_logprob import forward_logprob
 
         logp_R, eos_logp_R = forward_logprob(hidden_RD, weight_VD, target_R, bias_V, temperature, softcap, eos_id)
     else:
-        logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options, chosen)
+        chunk_rows = (default_chunk_rows if wants_gradient else forward_chunk_rows)(
+            weight_VD.shape[0], hidden_RD.device
+        )
+        logp_R, eos_logp_R = _LinearLogprob.apply(hidden_RD, weight_VD, bias_V, target_R, options, chosen, chunk_rows)
     check_logprobs(logp_R.detach())
     return logp_R if eos_id is None else (logp_R, eos_logp_R)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, options, impl):
+    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, options, impl, chunk_rows):
         num_rows = hidden_RD.shape[0]
         # float64 in, float64 out: the mathematics can be checked to 1e-10.
         work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
@@ -64,8 +68,8 @@ class _LinearLogprob(torch.autograd.Function):
         keep_jacobian = need_hidden and not need_weight and not need_bias and options.eos_id is None
         keep_jacobian = keep_jacobian and options.softcap is None
         jacobian_RD = torch.empty_like(hidden_RD) if keep_jacobian else None
-        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
-        for rows in _chunks(num_rows, weight_VD):
+        buffer = logit_buffer(hidden_RD, weight_VD, chunk_rows)
+        for rows in _chunks(num_rows, chunk_rows):
             chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, impl, buffer)
             logp_R[rows] = chunk.logp_R
             if eos_logp_R is not None:
@@ -73,33 +77,49 @@ class _LinearLogprob(torch.autograd.Function):
             if keep_jacobian:
                 gradient_RV = chunk.logit_gradient(torch.ones_like(chunk.logp_R), None)
                 jacobian_RD[rows] = gradient_RV.to(weight_VD.dtype) @ weight_VD
-        ctx.options, ctx.impl, ctx.jacobian_RD = options, impl, jacobian_RD
+        ctx.options, ctx.impl, ctx.chunk_rows, ctx.jacobian_RD = options, impl, chunk_rows, jacobian_RD
         ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
         return logp_R, eos_logp_R
 
     @staticmethod
     def backward(ctx, grad_R, grad_eos_R):
-        hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
         if ctx.jacobian_RD is not None:
-            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), None, None, None, None, None
-        gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        buffer = logit_buffer(hidden_RD, weight_VD, default_chunk_rows(weight_VD.shape[0], weight_VD.device))
-        for rows in _chunks(hidden_RD.shape[0], weight_VD):
-            chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options, ctx.impl, buffer)
-            eos_rows = None if ctx.options.eos_id is None else grad_eos_R[rows]
-            gradients.add(rows, chunk.logit_gradient(grad_R[rows], eos_rows))
-        return (*gradients.result(), None, None, None)
+            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), *(None,) * 6
+        gradients = _recomputed_gradients(ctx, grad_R, grad_eos_R)
+        return (*gradients.result(), *(None,) * 4)
+
+
+def _recomputed_gradients(ctx, grad_R: torch.Tensor, grad_eos_R: torch.Tensor) -> HeadGradients:
+    """The logits once more, chunk by chunk, and their gradients. The last chunk's logits are freed when this returns."""
+    hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
+    spans = _chunks(hidden_RD.shape[0], ctx.chunk_rows)
+    gradients = HeadGradients(hidden_RD, weight_VD, bias_V, ctx.needs_input_grad[:3], len(spans))
+    buffer = logit_buffer(hidden_RD, weight_VD, ctx.chunk_rows)
+    for rows in spans:
+        chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, ctx.options, ctx.impl, buffer)
+        eos_rows = None if ctx.options.eos_id is None else grad_eos_R[rows]
+        gradients.add(rows, chunk.logit_gradient(grad_R[rows], eos_rows))
+    return gradients
 
 
 class HeadGradients:
-    """dX, dW and db gathered chunk by chunk; dW and db in float32 (float64), cast to the parameters' dtype once."""
+    """dX, dW and db gathered chunk by chunk; dW and db in float32 (float64), cast to the parameters' dtype once.
 
-    def __init__(self, hidden_RD, weight_VD, bias_V, needed: tuple[bool, bool, bool]) -> None:
+    The first chunk writes dW, the others add to it; a chunk that is alone writes it in the parameter's dtype, since the
+    GEMM itself adds in float32.
+    """
+
+    def __init__(self, hidden_RD, weight_VD, bias_V, needed: tuple[bool, bool, bool], num_chunks: int) -> None:
         self.hidden_RD, self.weight_VD, self.bias_V = hidden_RD, weight_VD, bias_V
         work = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
         self.hidden_grad = torch.empty_like(hidden_RD) if needed[0] else None
-        self.weight_grad = torch.zeros_like(weight_VD, dtype=work) if needed[1] else None
+        self.weight_grad = None
+        if needed[1]:
+            sum_dtype = weight_VD.dtype if num_chunks == 1 else work
+            make = torch.zeros_like if num_chunks == 0 else torch.empty_like
+            self.weight_grad = make(weight_VD, dtype=sum_dtype, memory_format=torch.contiguous_format)
         self.bias_grad = torch.zeros_like(bias_V, dtype=work) if needed[2] else None
+        self._is_first = True
 
     def add(self, rows: slice, gradient_RV: torch.Tensor) -> None:
         """gradient_RV is d/dlogits of these rows (float32 or float64); the GEMMs run in the parameters' dtype."""
@@ -108,16 +128,22 @@ class HeadGradients:
         gradient_RV = gradient_RV.to(self.weight_VD.dtype)
         if self.hidden_grad is not None:
             torch.mm(gradient_RV, self.weight_VD, out=self.hidden_grad[rows])
-        if self.weight_grad is None:
-            return
-        if self.weight_grad.dtype == gradient_RV.dtype:
-            self.weight_grad.addmm_(gradient_RV.t(), self.hidden_RD[rows])
-        elif self.weight_grad.is_cuda:
+        if self.weight_grad is not None:
+            self._add_to_weight_grad(gradient_RV.t(), self.hidden_RD[rows])
+
+    def _add_to_weight_grad(self, gradient_VR: torch.Tensor, hidden_RD: torch.Tensor) -> None:
+        sum_VD, is_first = self.weight_grad, self._is_first
+        self._is_first = False
+        if sum_VD.dtype == gradient_VR.dtype:
+            torch.addmm(sum_VD, gradient_VR, hidden_RD, beta=0.0 if is_first else 1.0, out=sum_VD)
+        elif sum_VD.is_cuda:
             # One GEMM that reads bf16 and adds to float32 in its epilogue: no rounding between chunks, no second [V, D].
-            sum_VD = self.weight_grad
-            torch.addmm(sum_VD, gradient_RV.t(), self.hidden_RD[rows], out_dtype=sum_VD.dtype, out=sum_VD)
+            beta = 0.0 if is_first else 1.0
+            torch.addmm(sum_VD, gradient_VR, hidden_RD, out_dtype=sum_VD.dtype, beta=beta, out=sum_VD)
+        elif is_first:
+            sum_VD.copy_(gradient_VR @ hidden_RD)
         else:
-            self.weight_grad += gradient_RV.t() @ self.hidden_RD[rows]
+            sum_VD += gradient_VR @ hidden_RD
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         weight_grad = None if self.weight_grad is None else self.weight_grad.to(self.weight_VD.dtype)
@@ -125,7 +151,5 @@ class HeadGradients:
         return self.hidden_grad, weight_grad, bias_grad
 
 
-def _chunks(num_rows: int, weight_VD: torch.Tensor):
-    size = default_chunk_rows(weight_VD.shape[0], weight_VD.device)
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+def _chunks(num_rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

@@ -1,7 +1,7 @@
 """Forward + backward of packed groups on one GPU, an 8B-shaped random model in bfloat16: each prompt once against once per
 response (stock transformers SDPA on equal-length rows, our head), in turn.
 
-    python bench/bench_step_gpu.py [--shapes 512,128 180,350] [--groups 6] [--layers 32 --hidden 4096 ...]
+    python bench/bench_step_gpu.py [--shapes 512,128 180,350] [--groups 4] [--layers 32 --hidden 4096 ...]
 
 Prints tokens, seconds, the speed-up against the ratio of tokens, and the model FLOP utilisation (FLOPs of the tokens that
 are computed, the shared prompt once; recomputed ones not counted). Rows go to bench/results/step.csv; the last line is JSON.
@@ -169,7 +169,7 @@ def measure(model, shape: tuple[int, int], options: argparse.Namespace, context:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["512,128", "180,350"], help="prompt,response in tokens")
-    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)

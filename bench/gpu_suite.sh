@@ -25,7 +25,7 @@ run() { # name, seconds, command...
 }
 date >"$log"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv >>"$log" 2>&1
-if [ $# -gt 0 ]; then run peers 40 python3 -m pip install --no-index --no-deps "$@"; fi
+if [ $# -gt 0 ]; then run peers 25 python3 -m pip install --no-index --no-deps "$@"; fi
 run build 90 python3 -m pip install --no-build-isolation --no-deps -C cmake.define.AMPO_CUDA=ON -e .
 # Correctness first: a fast wrong kernel is worth nothing. Several processes, since most of the time goes into compiling.
 export OMP_NUM_THREADS=2
@@ -36,7 +36,7 @@ unset OMP_NUM_THREADS
 bench="python3 bench/bench_linear_logprob.py --csv $out/linear_logprob.csv --dtype bfloat16"
 run head_8b 45 $bench --shape 16384,4096,128256 --repeats 7
 run head_small 20 $bench --shape 16384,576,49152 --repeats 15
-run group_loss 20 python3 bench/bench_group_loss.py --csv "$out/group_loss.csv"
+run group_loss 35 python3 bench/bench_group_loss.py --csv "$out/group_loss.csv"
 run selector 45 python3 bench/bench_selector_gpu.py --csv "$out/selector.csv"
 run step_8b 80 python3 bench/bench_step_gpu.py --repeats 3 --csv "$out/step.csv"
 echo "== done, status $status"

@@ -65,7 +65,7 @@ def group_kernel(
     minus_top = tl.maximum(minus_top, -3.0e38)
     plus_lse = plus_top + tl.log(tl.sum(tl.exp(plus - plus_top), 0))
     minus_sum = tl.sum(tl.exp(minus - minus_top), 0)
-    d = minus_top + tl.log(tl.maximum(minus_sum, 1e-38)) - plus_lse
+    d = minus_top + tl.log(tl.maximum(minus_sum, 1.2e-38)) - plus_lse
     d = tl.where(minus_sum > 0.0, d, float("-inf"))
     # softplus(d), from the side that cannot overflow; log1p by Kahan's quotient, exact where 1 + tail rounds to 1.
     tail = tl.exp(-tl.abs(d))
@@ -74,7 +74,7 @@ def group_kernel(
     loss = tl.maximum(d, 0.0) + log1p_tail
     share_minus = 1.0 / (1.0 + tl.exp(-d))
     q_plus = tl.where(is_plus, tl.exp(plus - plus_lse), 0.0)
-    q_minus = tl.where(is_minus, tl.exp(minus - minus_top) / tl.maximum(minus_sum, 1e-38), 0.0)
+    q_minus = tl.where(is_minus, tl.exp(minus - minus_top) / tl.maximum(minus_sum, 1.2e-38), 0.0)
     # dL/ds: a positive gets q (share_plus - 1) = -q share_minus, which keeps its digits where the loss is small.
     grad = (q_minus * share_minus - q_plus * share_minus) * slope
     tl.store(loss_B + group, tl.where(has_both, loss, 0.0))

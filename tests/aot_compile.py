@@ -21,7 +21,14 @@ ROW = {"logits_RV": "*bf16", "bias_V": "*bf16", "target_R": "*i64", "num_tokens"
 ROW |= {"eos_id": "i32", "softcap": "fp32", "inv_temperature": "fp32", "lse_R": "*fp32", "rest_R": "*fp32"}
 HAS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_EOS": True}
 SPLIT = {name: "*fp32" for name in ("top_SR", "sum_SR", "target_SR", "eos_SR")}
-HEAD = {"target_R": "*i64", "num_rows": "i32", "num_tokens": "i32", "hidden_stride": "i64", "weight_stride": "i64"}
+HEAD = {
+    "target_R": "*i64",
+    "num_rows": "i32",
+    "num_tokens": "i32",
+    "num_splits": "i32",
+    "hidden_stride": "i64",
+    "weight_stride": "i64",
+}
 HEAD |= {"tokens_per_split": "i32", "eos_id": "i32", "softcap": "fp32", "inv_temperature": "fp32"} | SPLIT
 GROUP = {name: "*fp32" for name in ("logp_M", "ref_logp_M", "length_M", "reward_M", "baseline_B", "loss_B", "grad_M")}
 GROUP |= {"positive_M": "*i8", "offsets_B": "*i64", "beta": "fp32", "alpha": "fp32", "log_gamma": "fp32"}

@@ -263,3 +263,27 @@ def test_nan_logits_are_nan_log_probs():
         row_logprob(hidden @ weight.T, target, bias, 1.0, None, 3)[1::2],
     ):
         assert logp.isnan().tolist() == eos.isnan().tolist() == [row == 2 for row in range(7)]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: 7 GB of logits")
+def test_more_than_65536_rows_and_more_than_2_to_31_logits_in_one_chunk():
+    num_rows = 70_000
+    hidden, weight, target, _ = head(num_rows, 64, 50_257, torch.bfloat16)
+    responses, groups = torch.arange(0, num_rows + 1, 70), torch.arange(0, 1001, 8)
+    reward = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run(chunk_rows):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss, stats = fused_linear_group_loss(*leaves, target, responses, groups, reward, AMPO(), chunk_rows=chunk_rows)
+        loss.backward()
+        return stats.logp_R, leaves[0].grad, leaves[1].grad
+
+    whole, chunked = run(num_rows), run(4096)
+    last = slice(-512, None)
+    truth = reference.linear_logprob(hidden[last].double(), weight.double(), target[last])
+    close(whole[0][last], reference.linear_logprob(hidden[last], weight, target[last]), truth, 1e-3)
+    for got, want in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    with torch.no_grad():
+        no_logits = linear_logprob(hidden, weight, target, impl="triton")
+    close(no_logits[last], reference.linear_logprob(hidden[last], weight, target[last]), truth, 1e-3)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from ampo_fast.dispatch import resolve_impl
+from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.losses.stats import (
     Groups,
     Loss,
@@ -162,7 +162,7 @@ class _TritonContrast(torch.autograd.Function):
         positive_M = None if stats.positive_M is None else stats.positive_M.to(torch.int8).contiguous()
         loss_B, grad_M = group_contrastive(
             as_float(logp_M), as_float(stats.length_M), as_float(stats.reward_M),
-            stats.group_offsets.to(logp_M.device), int(sizes_B.max()) if sizes_B.numel() else 0,
+            on_device(stats.group_offsets, logp_M.device), int(sizes_B.max()) if sizes_B.numel() else 0,
             as_float(stats.ref_logp_M), positive_M, as_float(stats.baseline_B),
             beta=loss.beta, alpha=loss.alpha * (loss.beta if loss.alpha_place == "inside" else 1.0),
             log_gamma=math.log(loss.gamma) if loss.gamma else -math.inf,
@@ -170,7 +170,7 @@ class _TritonContrast(torch.autograd.Function):
             is_squared=loss.weight_power == 2, split_mean=loss.split == "mean",
         )  # fmt: skip
         ctx.save_for_backward(grad_M)
-        ctx.group_M = torch.repeat_interleave(sizes_B).to(logp_M.device)
+        ctx.group_M = on_device(torch.repeat_interleave(sizes_B), logp_M.device)
         return loss_B
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ampo_fast.dispatch import resolve_impl
+from ampo_fast.dispatch import on_device, resolve_impl
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class Groups:
         sizes_B = group_offsets.diff()
         self.widest = int(sizes_B.max()) if sizes_B.numel() else 0
         mask_BG = torch.arange(self.widest) < sizes_B[:, None]
-        self.position_M = mask_BG.flatten().nonzero()[:, 0].to(device)
-        self.mask_BG = mask_BG.to(device)
-        self.size_B = sizes_B.to(device)
+        self.position_M = on_device(mask_BG.flatten().nonzero()[:, 0], device)
+        self.mask_BG = on_device(mask_BG, device)
+        self.size_B = on_device(sizes_B, device)
 
     def pad(self, values_M: torch.Tensor, fill: float | bool) -> torch.Tensor:
         """[M] -> [B, G], `fill` where there is no response. Differentiable; each place is written once."""
@@ -106,17 +106,17 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ctx.offsets = offsets
-        on_device = offsets.to(values_R.device)
+        device_offsets = on_device(offsets, values_R.device)
         if resolve_impl("segment_sum", "auto", values_R) == "triton":
             from ampo_fast.kernels.segment_sum import segment_sum as triton_sum
 
-            return triton_sum(values_R.contiguous(), on_device)
-        return torch.segment_reduce(values_R, "sum", offsets=on_device)
+            return triton_sum(values_R.contiguous(), device_offsets)
+        return torch.segment_reduce(values_R, "sum", offsets=device_offsets)
 
     @staticmethod
     def backward(ctx, grad_M: torch.Tensor):
         length_M = ctx.offsets.diff()
-        spread = torch.repeat_interleave(length_M).to(grad_M.device)
+        spread = on_device(torch.repeat_interleave(length_M), grad_M.device)
         return grad_M[spread], None
 
 

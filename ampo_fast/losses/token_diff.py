@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ampo_fast.dispatch import on_device
 from ampo_fast.losses.stats import ResponseStats
 
 
@@ -50,7 +51,7 @@ def changed_against(stats: ResponseStats, mask_BGG: torch.Tensor) -> torch.Tenso
         for own, other, changed in ((j, i, pair[0]), (i, j, pair[1])):
             start = starts[first + own]
             changed_RG[start : start + len(changed), other] = torch.tensor(changed, dtype=torch.bool)
-    return changed_RG.to(stats.logp_R.device)
+    return on_device(changed_RG, stats.logp_R.device)
 
 
 def divergent_similarity(groups: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
