@@ -119,7 +119,7 @@ def k_medoids(
     ValueError for shapes that do not fit, k outside 1 .. n, fixed members out of range, negative entries or NaN.
     """
     impl = resolve_impl(impl, distances, "k_medoids of one problem runs on the host")
-    n = distances.shape[0]
+    n = distances.shape[0] if distances.ndim else 0
     kept = [int(i) for i in fixed or ()]
     if distances.shape != (n, n) or not 1 <= k <= n:
         raise ValueError(f"distances must be [n, n] and k in 1 .. n, got {tuple(distances.shape)} and k = {k}")
@@ -131,6 +131,8 @@ def k_medoids(
         raise ValueError(f"weights must be {n} finite numbers >= 0")
     # Row j holds what it costs member j to serve every point.
     weighted_NN = weight_N * distances.detach().cpu().double().T
+    if not bool(weighted_NN.isfinite().all()):
+        raise ValueError("weights times distances overflow float64; scale them")
     if bool((weighted_NN < 0).any()):
         raise ValueError("distances holds a negative entry; k-medoids needs distances >= 0")
     if impl == "cpp":

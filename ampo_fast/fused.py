@@ -19,7 +19,7 @@ from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
-from ampo_fast.validation import check_head, check_logprobs, check_offsets, check_vector
+from ampo_fast.validation import check_finite, check_head, check_logprobs, check_offsets, check_vector
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
@@ -78,6 +78,10 @@ def fused_linear_group_loss(
     stats = dataclasses.replace(stats, target_R=target_R if compare_tokens else None)
     options = HeadOptions(temperature, softcap, eos_id)
     impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows = {chunk_rows}; it must be at least 1, or None for the default")
+    if isinstance(normalizer, int | float) and not normalizer > 0:
+        raise ValueError(f"normalizer = {normalizer}; it divides the loss and must be positive")
     num_groups = groups.numel() - 1
     norm = max(num_groups, 1) if normalizer is None else normalizer
     rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)
@@ -93,10 +97,10 @@ def fused_linear_group_loss(
 
 def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, device) -> ResponseStats:
     num_responses, num_groups = responses.numel() - 1, groups.numel() - 1
-    check_vector("reward_M", reward_M, num_responses, device)
-    for name, vector in (("ref_logp_M", ref_logp_M), ("positive_M", positive_M)):
+    for name, vector in (("reward_M", reward_M), ("ref_logp_M", ref_logp_M), ("positive_M", positive_M)):
         if vector is not None:
             check_vector(name, vector, num_responses, device)
+            check_finite(name, vector)
     if baseline_B is not None:
         check_vector("baseline_B", baseline_B, num_groups, device)
     if ref_logp_R is not None:

@@ -67,13 +67,13 @@ def select_responses(
         keys: int64 [B], stable ids that seed "random" and "coreset" together with `seed`.
         impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
-        ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid.
+        ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid, distances beyond float32.
     """
     check_choice("impl", impl, IMPLS)
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("coverage", coverage, ("candidates", "all"))
-    if k < 1 or positives < 1:
-        raise ValueError(f"k = {k} and positives = {positives}; both must be at least 1")
+    if not (isinstance(k, int) and isinstance(positives, int) and k >= 1 and positives >= 1):
+        raise ValueError(f"k = {k} and positives = {positives}; both must be whole numbers of at least 1")
     if strategy == "best_worst" and k != 1:
         raise ValueError(f'strategy "best_worst" keeps one negative, k is {k}')
     if embeddings.ndim != 2 or rewards.shape != embeddings.shape[:1]:
@@ -109,6 +109,7 @@ def select_responses(
         return _select_cuda(problem)
     problem = dataclasses.replace(problem, points=problem.points.cpu())
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
+    _check_costs(chosen)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
 
 
@@ -280,6 +281,15 @@ def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
     if mask.shape != (n,):
         raise ValueError(f"{name} must have shape [{n}], got {tuple(mask.shape)}")
     return mask.detach().cpu().bool()
+
+
+def _check_costs(chosen: Selection) -> None:
+    beyond_B = ~chosen.cost.isfinite() & (chosen.negative[:, 0] >= 0)
+    if bool(beyond_B.any()):
+        raise ValueError(
+            f"the embeddings of group {int(beyond_B.nonzero()[0])} are so long that their distances overflow float32 (or its "
+            "rewards so far apart that the weights exp(mean - reward) do); scale them, embeddings to unit length for example"
+        )
 
 
 def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> None:

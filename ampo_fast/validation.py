@@ -56,13 +56,15 @@ def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.dev
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    if checks_values(tensor) and not bool(torch.isfinite(tensor).all()):
+    if _nan_is_let_through.get() or not checks_values(tensor):
+        return
+    if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or infinity; mask those rows before the call")
 
 
 @contextmanager
 def nan_let_through() -> Iterator[None]:
-    """Inside, NaN log-probs do not raise: for a trainer whose own guard leaves the step out, on all ranks alike."""
+    """Inside, NaN and infinite values do not raise: for a trainer whose own guard leaves the step out, on all ranks alike."""
     token = _nan_is_let_through.set(True)
     try:
         yield
@@ -94,6 +96,8 @@ def check_head(
         raise ValueError(
             f"hidden_RD and weight_VD must be [R, D] and [V, D], got {tuple(hidden_RD.shape)} and {tuple(weight_VD.shape)}"
         )
+    if weight_VD.device != hidden_RD.device:
+        raise ValueError(f"weight_VD is on {weight_VD.device}, hidden_RD on {hidden_RD.device}; move one of them")
     if type(weight_VD).__name__ == "DTensor":
         raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
     if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():

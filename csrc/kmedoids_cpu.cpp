@@ -103,7 +103,7 @@ double swap_facilities(const Coverage& problem, int64_t num_fixed, std::vector<i
     ++without_swap;
     if (is_chosen[in]) continue;
     const Swap swap = best_swap(problem, nearest, removal_loss, chosen, fixed, in, change);
-    if (swap.change >= 0.0) continue;
+    if (!(swap.change < 0.0)) continue;  // NaN is no gain: distances beyond a double would be swapped for ever
     is_chosen[chosen[swap.slot]] = 0;
     is_chosen[in] = 1;
     chosen[swap.slot] = in;

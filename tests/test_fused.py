@@ -217,7 +217,57 @@ def test_logp_is_never_positive_whatever_the_shift(shift):
     hidden, weight, _, target, _ = inputs(torch.float32)
     logp = linear_logprob(hidden, weight, target, bias_V=torch.full((V,), shift))
     assert (logp <= 0).all()
-    assert torch.isfinite(logp).all()
+    here = linear_logprob(hidden, weight, target)
+    torch.testing.assert_close(logp, here, atol=4e-3, rtol=0)  # one digit of 1e4 in float32 is 1e-3
+
+
+def test_the_log_sum_exp_of_bfloat16_logits_is_not_rounded_again():
+    hidden, weight, _, target, _ = (t.detach() for t in inputs(torch.bfloat16))
+    truth = torch.log_softmax((hidden @ weight.T).double(), 1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(linear_logprob(hidden, weight, target).double(), truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+def test_the_weights_gradient_is_rounded_once_however_many_chunks(mode, monkeypatch):
+    """Terms of one sign: added up in bfloat16, the small ones would be lost on the large sum."""
+    monkeypatch.setattr(logprobs, "default_chunk_rows", lambda *_: 8)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand(2048, D, generator=generator).bfloat16()
+    target = torch.zeros(2048, dtype=torch.int64)
+    weight = torch.randn(V, D, generator=generator).bfloat16().requires_grad_()
+    offsets, groups = torch.arange(0, 2049, 8), torch.arange(0, 257)
+    loss, _ = fused_linear_group_loss(
+        hidden, weight, target, offsets, groups, torch.zeros(256), NLL(), positive_M=torch.ones(256, dtype=torch.bool),
+        mode=mode, chunk_rows=8,
+    )  # fmt: skip
+    loss.backward()
+    exact = weight.detach().double().requires_grad_()
+    (-torch.log_softmax(hidden.double() @ exact.T, 1)[:, 0].mean()).backward()
+    assert (weight.grad[0].double() - exact.grad[0]).abs().max() <= 0.006 * exact.grad[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "products"), [((), 6), (("weight",), 4), (("hidden",), 4), (("hidden", "weight"), 2)], ids=str
+)
+def test_no_product_is_made_for_a_gradient_that_nobody_wants(frozen, products):
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which test_kernels must be the first to do
+
+    hidden, weight, _, target, reward = inputs()
+    leaves = [t.detach() if name in frozen else t for name, t in (("hidden", hidden), ("weight", weight))]
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = fused_linear_group_loss(*leaves, target, RESPONSES, GROUPS, reward, AMPO())
+        if loss.requires_grad:
+            loss.backward()
+    assert counter.get_total_flops() == products * 40 * D * V
+
+
+def test_without_gradient_only_the_logits_are_made():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, _, target, reward = inputs()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
+    assert counter.get_total_flops() == 2 * 40 * D * V
 
 
 def test_linear_logprob_gradcheck_for_signed_upstream():
@@ -245,7 +295,21 @@ def test_sure_target_keeps_its_gradient_digits():
     ("change", "match"),
     [
         ({"target_R": torch.full((40,), V)}, "target_R"),
+        ({"target_R": torch.full((40,), -1)}, "target_R"),
+        ({"target_R": torch.zeros(40, dtype=torch.int64).index_fill_(0, torch.tensor([3]), -100)}, "target_R"),
         ({"target_R": torch.zeros(39, dtype=torch.int64)}, "target_R"),
+        ({"weight_VD": torch.zeros(V, D, dtype=torch.float64, device="meta")}, "weight_VD is on meta"),
+        (
+            {"weight_VD": torch.zeros(V, D, dtype=torch.float64).as_subclass(type("DTensor", (torch.Tensor,), {}))},
+            "FSDP",
+        ),
+        ({"reward_M": torch.zeros(7, device="meta")}, "reward_M is on meta"),
+        ({"reward_M": torch.full((7,), torch.nan)}, "reward_M holds NaN"),
+        ({"ref_logp_M": torch.full((7,), -torch.inf)}, "ref_logp_M holds NaN or infinity"),
+        ({"response_offsets": torch.tensor([0, 5, 4, 12, 20, 22, 30, 40])}, "response_offsets must rise"),
+        ({"chunk_rows": 0}, "chunk_rows = 0"),
+        ({"chunk_rows": -1}, "chunk_rows = -1"),
+        ({"normalizer": 0}, "normalizer = 0"),
         ({"response_offsets": torch.tensor([0, 5, 5, 40])}, "empty"),
         ({"group_offsets": torch.tensor([0, 8])}, "group_offsets"),
         ({"reward_M": torch.zeros(6)}, "reward_M"),

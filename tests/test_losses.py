@@ -76,8 +76,8 @@ def test_mean_split_and_given_positives():
 
 
 def test_equal_rewards_make_the_first_one_the_positive():
-    data = stats([-2.0, -3.0], [2, 3], [0.5, 0.5], [0, 2])
-    sided = stats([-2.0, -3.0], [2, 3], [0.5, 0.5], [0, 2], positive_M=[True, False])
+    data = stats([-2.0, -3.0], [2, 2], [0.5, 0.5], [0, 2])
+    sided = stats([-2.0, -3.0], [2, 2], [0.5, 0.5], [0, 2], positive_M=[True, False])
     assert AMPO()(data).loss.item() == AMPO()(sided).loss.item()
 
 
@@ -136,6 +136,12 @@ def test_gamma_zero_counts_no_negative():
     data = ResponseStats(logp, torch.ones(2), torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0, 2]))
     GroupContrastive(beta=1.0, gamma=0.0)(data).loss.backward()
     assert logp.grad.tolist() == [0.0, 0.0]
+
+
+def test_the_eos_penalty_of_a_group_without_negatives_is_kept():
+    data = stats([-2.0], [2], [0.5], [0, 1], eos_logp_M=[math.log(0.5)])
+    loss = GroupContrastive(beta=1.0, eos_penalty="simple", eos_lambda=0.1)
+    assert loss(data).loss.item() == pytest.approx(0.05, abs=1e-14)
 
 
 def test_budgeted_eos_penalty_by_hand():
@@ -204,6 +210,7 @@ def test_function_equals_class_and_normalizer_divides():
         ({"length_M": torch.ones(3)}, "length_M"),
         ({"reward_M": torch.tensor([math.nan, 0.0])}, "reward_M"),
         ({"eos_penalty": "simple"}, "eos_logp_M"),
+        ({"length_M": torch.tensor([3, 0])}, r"length_M\[1\]"),
         ({"impl": "cuda"}, "impl"),
     ],
 )

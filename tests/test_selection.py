@@ -119,11 +119,14 @@ def test_exact_proves_real_sized_groups_and_local_search_is_near():
 
 
 def test_out_of_time_is_the_best_known_with_a_bound_that_holds():
-    points, rewards, _ = random_groups([40], seed=5, dim=64)
-    known = select_responses(points, rewards, 8, strategy="opt_select_exact")
-    late = select_responses(points, rewards, 8, strategy="opt_select_exact", time_limit=0.0)
+    points, rewards, _ = random_groups([300], seed=5, dim=8)
+    known = select_responses(points, rewards, 15, strategy="opt_select_exact")
     assert known.proven[0]
-    assert 0 < late.lower_bound[0] <= known.cost[0] <= late.cost[0]
+    for limit in (0.0, 0.005):  # before the search, and in the middle of it: it takes a hundred times longer
+        late = select_responses(points, rewards, 15, strategy="opt_select_exact", time_limit=limit)
+        assert not late.proven[0]
+        assert 0 < late.lower_bound[0] < late.cost[0]
+        assert late.lower_bound[0] <= known.cost[0] <= late.cost[0]
 
 
 def test_thread_count_changes_nothing(tmp_path):
@@ -133,6 +136,8 @@ def test_thread_count_changes_nothing(tmp_path):
         f"out = [a.select_responses(x, r, 4, strategy=s, group_offsets=o) for s in {MANY!r}];"
         "parts = [t.numpy().tobytes() for s in out for t in s] + [a.k_center(x, 90).numpy().tobytes()];"
         "parts += [a.pairwise_distances(x).numpy().tobytes(), a.k_medoids(torch.cdist(x, x), 9)[0].numpy().tobytes()];"
+        "grid = torch.cartesian_prod(*[torch.arange(7.0)] * 3);"  # the farthest point is almost always a tie
+        "parts += [a.k_center(grid, 60).numpy().tobytes()];"
         "print(hashlib.sha256(b''.join(parts)).hexdigest())"
     )
     found = {
@@ -295,6 +300,7 @@ def test_k_medoids_by_hand_with_weights_and_fixed_members():
         ({"group_offsets": torch.tensor([0, 2])}, "group_offsets"),
         ({"valid": torch.ones(2, dtype=torch.bool)}, "valid"),
         ({"impl": "gpu"}, "impl"),
+        ({"k": 1.5}, "k = 1.5"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):
@@ -310,3 +316,16 @@ def test_wrong_arguments_are_named(change, match):
         k_center(torch.randn(3, 2), 9)
     with pytest.raises(ValueError, match="fixed"):
         k_medoids(torch.zeros(3, 3), 2, fixed=[7])
+    with pytest.raises(ValueError, match="distances must be"):
+        k_medoids(torch.tensor(1.0), 1)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("strategy", ["opt_select", "opt_select_exact", "k_center"])
+def test_distances_beyond_float32_end_in_an_error(strategy, impl):
+    points, rewards, _ = random_groups([6])
+    with pytest.raises(ValueError, match="overflow"):
+        select_responses(points * 2e19, rewards, 2, strategy=strategy, impl=impl)
+    huge = torch.cdist(points, points).double() * 1e300
+    with pytest.raises(ValueError, match="overflow"):
+        k_medoids(huge, 2, weights=torch.full((6,), 1e100, dtype=torch.float64), impl=impl)

@@ -24,7 +24,7 @@ from ampo_fast.losses.stats import (
     mean_output,
     segment_sum,
 )
-from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector
+from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector, checks_values
 
 _CHOICES = {
     "score": ("avg", "sum"),
@@ -289,6 +289,8 @@ def group_contrastive_loss(
         check_vector("baseline_B", baseline_B, groups.numel() - 1, logp_M.device)
     for name in ("logp_M", "reward_M"):
         check_finite(name, logp_M if name == "logp_M" else reward_M)
+    if checks_values(length_M) and bool((length_M <= 0).any()):
+        raise ValueError(f"length_M[{int((length_M <= 0).nonzero()[0])}] is not positive; leave empty responses out")
     if not logp_M.is_floating_point():
         raise ValueError(f"logp_M must be floating point, got {logp_M.dtype}")
     work = torch.float64 if logp_M.dtype == torch.float64 else torch.float32
