@@ -1,8 +1,9 @@
 """Attention over packed groups [prompt | y1 | y2 | ...]: each prompt's keys and values are computed once and shared.
 
 Linear layers see every prompt token once. Only inside attention are the prompt's K and V put before each response's
-own. In half precision on CUDA one variable-length kernel does them all (attention_varlen.py); elsewhere torch SDPA runs on
-the pieces (a few plain operations where scores are soft-capped). Registered with transformers' AttentionInterface, so
+own. In half precision on CUDA one variable-length kernel does them all (attention_varlen.py), or FlexAttention where scores
+are soft-capped and flash-attn is missing (attention_flex.py); elsewhere torch SDPA runs on the pieces (a few plain
+operations where scores are soft-capped). Registered with transformers' AttentionInterface, so
 Llama-like models need no change to their code; `segments=plan` travels through the model's forward as a keyword.
 
 Shapes: T packed tokens, H query heads, K key/value heads, A head size.
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ampo_fast import attention_varlen
+from ampo_fast import attention_flex, attention_varlen
+from ampo_fast.attention_flex import FlexPlan
 from ampo_fast.attention_varlen import VarlenPlan
 from ampo_fast.types import Segment
 
@@ -43,6 +45,7 @@ class SegmentPlan:
     responses_per_group: tuple[int, ...]
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _varlen: dict[torch.device, VarlenPlan] = field(default_factory=dict)
+    _flex: dict[torch.device, FlexPlan] = field(default_factory=dict)
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> SegmentPlan:
@@ -65,6 +68,11 @@ class SegmentPlan:
         if device not in self._varlen:
             self._varlen[device] = VarlenPlan.build(self.piece_lengths, self.responses_per_group, device)
         return self._varlen[device]
+
+    def flex(self, device: torch.device) -> FlexPlan:
+        if device not in self._flex:
+            self._flex[device] = FlexPlan.build(self.piece_lengths, self.responses_per_group, device)
+        return self._flex[device]
 
 
 def segment_attention(
@@ -95,6 +103,8 @@ def segment_attention(
     options["sliding_window"] = sliding_window
     if attention_varlen.can_run(query, softcap):
         return _by_kernel(query, key, value, segments, **options), None
+    if attention_flex.can_run(query, softcap):
+        return _by_flex(query, key, value, segments, **options), None
     return _by_pieces(query, key, value, segments, **options), None
 
 
@@ -103,6 +113,13 @@ def _by_kernel(query, key, value, segments: SegmentPlan, **options: Any) -> torc
     query_THA, key_TKA, value_TKA = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     plan = segments.varlen(query.device)
     return attention_varlen.varlen_attention(query_THA, key_TKA, value_TKA, plan, **options)[None]
+
+
+def _by_flex(query, key, value, segments: SegmentPlan, **options: Any) -> torch.Tensor:
+    dtype = attention_varlen.compute_dtype(query)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    plan = segments.flex(query.device)
+    return attention_flex.softcapped_attention(query, key, value, plan, **options).transpose(1, 2)
 
 
 def _by_pieces(

@@ -30,7 +30,7 @@ run build 90 python3 -m pip install --no-build-isolation --no-deps -C cmake.defi
 # Correctness first: a fast wrong kernel is worth nothing. Several processes, since most of the time goes into compiling.
 export OMP_NUM_THREADS=2
 run test_kernels 110 python3 -m pytest -q -n 8 --dist worksteal tests/test_kernels.py
-run test_ops 45 python3 -m pytest -q -n 8 --dist worksteal tests/test_fused.py tests/test_losses.py tests/test_attention_varlen.py
+run test_ops 45 python3 -m pytest -q -n 8 --dist worksteal tests/test_fused.py tests/test_losses.py tests/test_attention_varlen.py tests/test_attention_flex.py
 run test_selector 30 python3 -m pytest -q tests/test_selection_cuda.py -k "not compile"
 unset OMP_NUM_THREADS
 bench="python3 bench/bench_linear_logprob.py --csv $out/linear_logprob.csv --dtype bfloat16"
