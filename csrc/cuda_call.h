@@ -14,6 +14,14 @@ inline void cuda_check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// The kernels for bfloat16 use its tensor cores' instructions.
+inline void require_bfloat16_cores() {
+  int device = 0, major = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (major < 8) throw std::runtime_error("bfloat16 points need a GPU of compute capability 8.0 or more; pass float32");
+}
+
 // Allocated, and given back, in the order of the stream: neither waits for the device.
 template <typename T>
 class DeviceBuffer {

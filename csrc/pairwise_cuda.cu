@@ -20,12 +20,12 @@ std::vector<Tile> tiles_of(const int64_t* offsets, int64_t num_groups) {
 
 template <typename Raw>
 void run(PairwiseArgs args, int64_t num_points, int64_t num_tiles, double* length, cudaStream_t stream) {
-  if (args.metric == Metric::kCosine) {
+  if (length != nullptr) {
     constexpr int64_t kRows = kThreads / kWarp;
     point_lengths<Raw><<<dim3(unsigned((num_points + kRows - 1) / kRows)), kThreads, 0, stream>>>(args.points, num_points,
                                                                                                   args.dim, length);
   }
-  pairwise_tile<Raw><<<dim3(unsigned(num_tiles)), kThreads, sizeof(PairwiseShared), stream>>>(args);
+  pairwise_tile<Raw><<<dim3(unsigned(num_tiles)), kThreads, sizeof(PairwiseShared<Raw>), stream>>>(args);
   cuda_check(cudaGetLastError(), "pairwise distances");
 }
 
@@ -36,13 +36,16 @@ void pairwise_cuda(const Points& points, Metric metric, const int64_t* offsets, 
   const std::vector<Tile> host_tiles = tiles_of(offsets, num_groups);
   if (host_tiles.empty()) return;
   const DeviceBuffer<Tile> tiles(host_tiles, stream);
-  const DeviceBuffer<double> length(metric == Metric::kCosine ? points.count : 0, stream);
-  const PairwiseArgs args{points.data, points.dim, tiles.data(), length.data(), metric, out};
+  const bool needs_lengths = metric == Metric::kCosine || points.dtype == Dtype::kBfloat16;
+  const DeviceBuffer<double> buffer(needs_lengths ? points.count : 0, stream);
+  double* length = needs_lengths ? buffer.data() : nullptr;
+  const PairwiseArgs args{points.data, points.dim, tiles.data(), length, metric, out};
   const int64_t num_tiles = int64_t(host_tiles.size());
   if (points.dtype == Dtype::kBfloat16) {
-    run<uint16_t>(args, points.count, num_tiles, length.data(), stream);
+    require_bfloat16_cores();
+    run<uint16_t>(args, points.count, num_tiles, length, stream);
   } else {
-    run<float>(args, points.count, num_tiles, length.data(), stream);
+    run<float>(args, points.count, num_tiles, length, stream);
   }
 }
 

@@ -1,11 +1,13 @@
-// Distances within ragged groups, one block a 64 x 64 tile of a group's matrix. Differences are squared, as on the CPU: no
-// inner products are subtracted, so near-duplicates keep their digits and d(i, j) = d(j, i) bit for bit.
+// Distances within ragged groups, one block a 64 x 64 tile of a group's matrix. Of float32 points differences are squared, as on
+// the CPU: no inner products are subtracted, so near-duplicates keep their digits. Of bfloat16 points the tensor cores make
+// inner products, and near pairs are squared differences again (gram_kernels.cuh). d(i, j) = d(j, i) bit for bit.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "cuda_block.cuh"
+#include "gram_kernels.cuh"
 #include "pairwise.h"
 
 namespace ampo {
@@ -23,13 +25,21 @@ struct PairwiseArgs {
   const void* points;  // [n, dim] row-major
   int64_t dim;
   const Tile* tile;      // [blocks]
-  const double* length;  // [n] Euclidean lengths of the points, for cosine only
+  const double* length;  // [n] Euclidean lengths of the points, for cosine or bfloat16 only
   Metric metric;
   float* out;
 };
 
+template <typename Raw>
 struct PairwiseShared {
   float row[kSide][kDepth + 1], col[kSide][kDepth + 1];
+};
+
+template <>
+struct PairwiseShared<uint16_t> {
+  float gram[kSide][kSide + 1], partial[kThreads / kWarp];
+  int num_near;
+  int16_t pair[kSide * kSide];
 };
 
 // One warp a point.
@@ -69,7 +79,7 @@ __device__ inline float from_squared(const PairwiseArgs& args, const Tile& tile,
 
 template <typename Raw>
 __global__ void pairwise_tile(PairwiseArgs args) {
-  AMPO_SHARED(PairwiseShared, s);
+  AMPO_SHARED(PairwiseShared<Raw>, s);
   const Tile tile = args.tile[blockIdx.x];
   const int64_t row_first = int64_t(tile.row) * kSide, col_first = int64_t(tile.col) * kSide;
   const int row0 = threadIdx.x / 16, col0 = threadIdx.x % 16;
@@ -92,6 +102,43 @@ __global__ void pairwise_tile(PairwiseArgs args) {
       const int64_t i = row_first + row0 + 16 * r, j = col_first + col0 + 16 * c;
       if (i < tile.count && j < tile.count) args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, sum[r][c]);
     }
+  }
+}
+
+// |a|^2 + |b|^2 of two points of a group as the metric has them: cosine's are of length 1, or 0.
+__device__ inline float squared_lengths(const PairwiseArgs& args, double left, double right) {
+  if (args.metric == Metric::kCosine) return float(left > 0.0) + float(right > 0.0);
+  return float(left * left + right * right);
+}
+
+template <>
+__global__ void pairwise_tile<uint16_t>(PairwiseArgs args) {
+  AMPO_SHARED(PairwiseShared<uint16_t>, s);
+  const Tile tile = args.tile[blockIdx.x];
+  const int64_t row_first = int64_t(tile.row) * kSide, col_first = int64_t(tile.col) * kSide;
+  const auto rows_from = [&](int64_t first) {
+    const int64_t left = tile.count - first;
+    return Rows16(static_cast<const uint16_t*>(args.points) + (tile.begin + first) * args.dim, int(left < kSide ? left : kSide), args.dim);
+  };
+  if (threadIdx.x == 0) s.num_near = 0;
+  fill_gram<kSide, false>(rows_from(row_first), rows_from(col_first), s.gram);
+  for (int e = threadIdx.x; e < kSide * kSide; e += kThreads) {
+    const int64_t i = row_first + e / kSide, j = col_first + e % kSide;
+    if (i >= tile.count || j >= tile.count) continue;
+    const double left = args.length[tile.begin + i], right = args.length[tile.begin + j];
+    const float lengths = squared_lengths(args, left, right);
+    const double scale = args.metric != Metric::kCosine ? 1.0 : left > 0.0 && right > 0.0 ? 1.0 / (left * right) : 0.0;
+    const float squared = lengths - 2.0f * float(double(s.gram[e / kSide][e % kSide]) * scale);
+    if (i != j && !(squared > kClose * lengths)) s.pair[atomicAdd(&s.num_near, 1)] = int16_t(e);
+    args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, squared);
+  }
+  __syncthreads();
+  for (int n = 0; n < s.num_near; ++n) {
+    const int64_t i = row_first + s.pair[n] / kSide, j = col_first + s.pair[n] % kSide;
+    const float squared = squared_by_block([&](int64_t d) { return coordinate<uint16_t>(args, tile.begin + i, d); },
+                                           [&](int64_t d) { return coordinate<uint16_t>(args, tile.begin + j, d); }, args.dim,
+                                           s.partial);
+    if (threadIdx.x == 0) args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, squared);
   }
 }
 

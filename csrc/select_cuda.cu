@@ -37,6 +37,7 @@ void select_cuda(const SelectInput& input, const SelectOptions& options, const S
                        eligible.data(),   client.data(),    weight.data(),   given.data(),          output.positive,
                        plan.strategy,     output.negative,  output.cost,     output.lower_bound,    output.proven};
   if (input.points.dtype == Dtype::kBfloat16) {
+    require_bfloat16_cores();
     launch_for<uint16_t>(plan.largest, args, input.num_groups, stream);
   } else {
     launch_for<float>(plan.largest, args, input.num_groups, stream);

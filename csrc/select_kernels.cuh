@@ -10,6 +10,7 @@
 
 #include "cuda_block.cuh"
 #include "exact_scale.h"
+#include "gram_kernels.cuh"
 #include "select.h"
 #include "select_plan.h"
 
@@ -38,7 +39,14 @@ struct GroupArgs {
 template <int kSize>
 struct GroupShared {
   float squared[kSize][kSize + 1];
-  float point[kSize][kDims + 1];
+  union {
+    float point[kSize][kDims + 1];
+    struct {
+      float length[kSize], partial[kThreads / kWarp];
+      int16_t pair[kSize * kSize / 2];
+    } near;
+  };
+  int num_near;
   double cost[kSize][kSize + 1];  // [facility, client], rounded
   double first[kSize], second[kSize];  // of a client: the costs of its nearest and second nearest chosen facility
   int slot[kSize];                     // of that nearest one
@@ -78,6 +86,34 @@ __device__ void fill_squared(const Raw* points, int count, int64_t dim, GroupSha
   }
   for (int r = 0; r < kTile; ++r) {
     for (int c = 0; c < kTile; ++c) s.squared[row0 + 16 * r][col0 + 16 * c] = sum[r][c];
+  }
+  __syncthreads();
+}
+
+// The same by the tensor cores. A block of its own decides which pairs are near, so any order of them gives the same bits.
+template <int kSize>
+__device__ void fill_squared(const uint16_t* points, int count, int64_t dim, GroupShared<kSize>& s) {
+  const Rows16 rows(points, count, dim);
+  fill_gram<kSize, true>(rows, rows, s.squared);
+  if (int(threadIdx.x) < kSize) s.near.length[threadIdx.x] = s.squared[threadIdx.x][threadIdx.x];
+  if (threadIdx.x == 0) s.num_near = 0;
+  __syncthreads();
+  for (int e = threadIdx.x; e < kSize * kSize; e += kThreads) {
+    const int i = e / kSize, j = e % kSize;
+    if (i >= j || j >= count) continue;
+    const float lengths = s.near.length[i] + s.near.length[j];
+    const float squared = lengths - 2.0f * s.squared[i][j];
+    if (!(squared > kClose * lengths)) s.near.pair[atomicAdd(&s.num_near, 1)] = int16_t(e);
+    s.squared[i][j] = s.squared[j][i] = squared;
+  }
+  if (int(threadIdx.x) < kSize) s.squared[threadIdx.x][threadIdx.x] = 0.0f;
+  __syncthreads();
+  for (int n = 0; n < s.num_near; ++n) {
+    const int i = s.near.pair[n] / kSize, j = s.near.pair[n] % kSize;
+    const uint16_t *left = points + i * dim, *right = points + j * dim;
+    const float squared = squared_by_block([=](int64_t d) { return as_float(left[d]); },
+                                           [=](int64_t d) { return as_float(right[d]); }, dim, s.near.partial);
+    if (threadIdx.x == 0) s.squared[i][j] = s.squared[j][i] = squared;
   }
   __syncthreads();
 }

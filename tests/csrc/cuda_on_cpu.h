@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -24,6 +25,7 @@ namespace cuda_on_cpu {
 inline pthread_barrier_t barrier;
 alignas(16) inline unsigned char shared[128 * 1024];
 inline double exchange[1024];
+inline uint32_t words[1024][6];
 
 // Runs kernel() for every block, one after the other, with num_threads threads at a time.
 inline void launch(unsigned num_blocks, unsigned num_threads, const std::function<void()>& kernel) {
@@ -63,4 +65,28 @@ T warp_sum(T value) {
   return value;
 }
 
+// sum += a b as PTX documents the places of mma.m16n8k16's numbers; all warps of the block at the same time.
+inline void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const unsigned first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+  for (int w = 0; w < 4; ++w) cuda_on_cpu::words[threadIdx.x][w] = a[w];
+  for (int w = 0; w < 2; ++w) cuda_on_cpu::words[threadIdx.x][4 + w] = b[w];
+  __syncthreads();
+  const auto number = [first](unsigned owner, unsigned word, unsigned half) {
+    const uint32_t bits = cuda_on_cpu::words[first + owner][word] >> (16 * half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  };
+  for (unsigned c = 0; c < 4; ++c) {
+    const unsigned row = lane / 4 + 8 * (c / 2), col = 2 * (lane % 4) + c % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const float left = number(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
+      sum[c] += left * number(col * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    }
+  }
+  __syncthreads();
+}
+
 }  // namespace ampo
+
+inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kcenter.h"
@@ -59,8 +60,9 @@ void test_pool(const Raw* points, const Cloud& cloud, int64_t k, const std::vect
   for (int64_t c = 0; c < k; ++c) expect(chosen[c] == expected[c], "k-center of a pool", c);
 }
 
+// (by the kernel, by the CPU)
 template <typename Raw>
-void test_pairwise(const Raw* points, const Cloud& cloud, ampo::Metric metric) {
+std::pair<std::vector<float>, std::vector<float>> pairwise(const Raw* points, const Cloud& cloud, ampo::Metric metric) {
   const std::vector<int64_t> offsets{0, cloud.count};
   std::vector<float> expected(cloud.count * cloud.count), out(cloud.count * cloud.count, -1.0f);
   ampo::pairwise_cpu(cloud.view(), metric, offsets.data(), 1, expected.data());
@@ -73,10 +75,32 @@ void test_pairwise(const Raw* points, const Cloud& cloud, ampo::Metric metric) {
                       [&] { ampo::point_lengths<Raw>(points, cloud.count, cloud.dim, length.data()); });
   const ampo::PairwiseArgs args{points, cloud.dim, tiles.data(), length.data(), metric, out.data()};
   cuda_on_cpu::launch(unsigned(tiles.size()), ampo::kThreads, [&] { ampo::pairwise_tile<Raw>(args); });
+  return {out, expected};
+}
+
+template <typename Raw>
+void test_pairwise(const Raw* points, const Cloud& cloud, ampo::Metric metric) {
+  const auto [out, expected] = pairwise(points, cloud, metric);
   for (int64_t e = 0; e < cloud.count * cloud.count; ++e) {
     // The grid's squares are exact; unit rows are rounded, so cosine has a tolerance.
     const float slack = metric == ampo::Metric::kCosine ? 1e-6f : 0.0f;
     expect(std::abs(out[e] - expected[e]) <= slack, "pairwise", e);
+  }
+}
+
+// Points that differ in a bit or two: |a|^2 + |b|^2 - 2 ab has no digit of their distances.
+void test_near() {
+  Cloud cloud(6, 48, 4);
+  for (int64_t e = 0; e < 6 * 48; ++e) {
+    const uint16_t common = uint16_t(0x3f00 + 37 * (e % 48) % 256);  // 0.5 to 2
+    cloud.half[e] = uint16_t(common + (e % 53 == 0) + (e / 48 == 5 ? 64 : 0));
+    cloud.single[e] = ampo::as_float(cloud.half[e]);
+  }
+  for (const ampo::Metric metric : {ampo::Metric::kSquared, ampo::Metric::kEuclidean, ampo::Metric::kCosine}) {
+    const auto [out, expected] = pairwise(cloud.half.data(), cloud, metric);
+    for (int64_t e = 0; e < 36; ++e) {
+      expect(std::abs(out[e] - expected[e]) <= 1e-5f * expected[e] + (metric == ampo::Metric::kCosine ? 1e-9f : 0.0f), "near points", e);
+    }
   }
 }
 
@@ -127,11 +151,13 @@ int main() {
   }
   test_pool(pool.single.data(), pool, 2, {5, 6}, 2);
   test_pool(pool.single.data(), pool, 1, {}, 2);
-  const Cloud small(70, 35, 2);
+  const Cloud small(70, 35, 2), aligned(37, 72, 3);
   for (const ampo::Metric metric : {ampo::Metric::kSquared, ampo::Metric::kEuclidean, ampo::Metric::kCosine}) {
     test_pairwise(small.single.data(), small, metric);
     test_pairwise(small.half.data(), small, metric);
+    test_pairwise(aligned.half.data(), aligned, metric);
   }
+  test_near();
   const std::vector<int64_t> sizes{0, 1, 2, 5, 32, 17}, large{64, 33};
   for (uint64_t seed = 0; seed < 3; ++seed) {
     for (const ampo::Strategy strategy : {ampo::Strategy::kBottomK, ampo::Strategy::kKCenter, ampo::Strategy::kOptSelect,
@@ -143,6 +169,9 @@ int main() {
       test_select<float, 32>(few.single.data(), few, offsets, strategy, 1 + 3 * int64_t(seed), 1 + int64_t(seed) % 2, seed);
       test_select<uint16_t, 32>(few.half.data(), few, offsets, strategy, 3, 1, seed);
       test_select<float, 64>(many.single.data(), many, wide, strategy, 8, 2, seed);
+      if (strategy != ampo::Strategy::kOptSelect) continue;
+      const Cloud vectors(wide.back(), 104, seed);
+      test_select<uint16_t, 64>(vectors.half.data(), vectors, wide, strategy, 8, 2, seed);
     }
   }
   std::printf("kernels on the CPU: %d checks passed\n", num_checks);
