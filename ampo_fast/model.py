@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ampo_fast import attention, distributed, liger, lora
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
+from ampo_fast.files import apply_umask
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
 from ampo_fast.model_files import empty_model, read_model, read_tokenizer, stop_ids
@@ -328,6 +329,7 @@ def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.T
     with attention_implementation(policy.model, "sdpa"):
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)
+    apply_umask(*directory.glob("*.safetensors"))
     reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
     wrong = [name for name, tensor in state.items() if not torch.equal(tensor, reloaded[name])]
     if wrong:
