@@ -356,9 +356,9 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any, limit: int = 6) -> None:
-    """The same held-out prompts before and after, one above the other."""
-    for old, new in list(zip(before, after, strict=True))[:limit]:
+def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any) -> None:
+    """The first held-out prompts before and after, one above the other."""
+    for old, new in list(zip(before, after, strict=True))[:6]:
         print(f"\n{old['prompt'][-1]['content']}", file=file)
         for name, row in (("before", old), ("after", new)):
             response = row["responses"][0]
