@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -24,10 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ampo_fast import distributed
 from ampo_fast.config import CheckpointConfig
+from ampo_fast.files import fsync_path, save_tensors, write_json
 from ampo_fast.model import Policy
 
 log = logging.getLogger(__name__)
@@ -112,11 +111,9 @@ def commit(taken: Snapshot) -> None:
     aside = taken.aside
     with _removed_on_error(taken):
         files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        (aside / "state.json").write_text(json.dumps({"files": files} | taken.header))
-        _fsync(aside / "state.json")
-        _fsync(aside)
+        write_json(aside / "state.json", {"files": files} | taken.header)
         aside.rename(taken.target)
-        _fsync(taken.target.parent)
+        fsync_path(taken.target.parent)
 
 
 @contextlib.contextmanager
@@ -167,15 +164,9 @@ def _write_alone(aside: Path, tensors: dict[str, torch.Tensor]) -> None:
     kinds: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         kind = name.rpartition(".")[2] if name.startswith("optimizer.") else "model"
-        kinds.setdefault(kind, {})[name] = tensor.contiguous()
+        kinds.setdefault(kind, {})[name] = tensor
     for i, part in enumerate(kinds.values(), 1):
-        path = aside / f"shard-00001-model-{i:05d}-of-{len(kinds):05d}.safetensors"
-        try:
-            save_file(part, path)
-        except SafetensorError as error:  # what the file system says comes wrapped
-            raise OSError(f"cannot write {path} ({error})") from error
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        save_tensors(aside / f"shard-00001-model-{i:05d}-of-{len(kinds):05d}.safetensors", part)
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
@@ -297,11 +288,3 @@ def _check_disk(root: Path, tensors: dict[str, torch.Tensor]) -> None:
             f"a checkpoint needs {needed / 2**20:.0f} MiB, {root} has {free / 2**20:.0f} MiB free; "
             "free some, or lower checkpoint.keep_last"
         )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ampo_fast import distributed
 from ampo_fast.config import LoraConfig
+from ampo_fast.files import save_tensors
 
 _ADAPTER = "default"
 _SEED = 0
@@ -95,16 +95,14 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, directory: Pat
     """Writes a directory that peft.PeftModel.from_pretrained reads; every rank must call it. base: the model's path."""
     distributed.reshard(model)
     tensors = {
-        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": distributed.whole(parameter.detach())
-        .cpu()
-        .contiguous()
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": distributed.whole(parameter.detach()).cpu()
         for name, parameter in model.named_parameters()
         if is_adapter(name)
     }
 
     def write() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(directory / "adapter_model.safetensors", tensors, metadata={"format": "pt"})
         peft_config = _peft_config(config)
         peft_config.base_model_name_or_path, peft_config.inference_mode = base, True
         peft_config.save_pretrained(str(directory))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ampo_fast.files import write_atomic
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -90,18 +92,9 @@ def _truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        # json round-trips floats exactly (repr), so a kept line is the line that was written.
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    # json round-trips floats exactly (repr), so a kept line is the line that was written.
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    write_atomic(path, lambda aside: aside.write_text(lines, encoding="utf-8"))
 
 
 def _finite_or_none(value: float) -> float | int | None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ampo_fast import attention, distributed, liger, lora
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
+from ampo_fast.files import apply_umask
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
 from ampo_fast.model_files import empty_model, read_model, read_tokenizer, stop_ids
@@ -308,31 +309,31 @@ def attention_implementation(model: Any, name: str):
         config._attn_implementation = before
 
 
-def export(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a HuggingFace model directory, loads it again and compares every tensor bit for bit. A LoRA adapter is merged
-    into it, and beside that written as adapter/.
+def export(policy: Policy, directory: Path) -> None:
+    """Writes a HuggingFace model directory in float32, loads it again and compares every tensor bit for bit. A LoRA adapter
+    is merged into it, and beside that written as adapter/.
 
-    Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. dtype defaults to float32.
-    Raises RuntimeError when what was read back differs.
+    Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. Raises RuntimeError when what was
+    read back differs.
     """
-    dtype = dtype or torch.float32
-    state = {name: tensor.to("cpu", dtype) for name, tensor in policy.whole_tensors() if distributed.is_main()}
+    state = {name: tensor.to("cpu", torch.float32) for name, tensor in policy.whole_tensors() if distributed.is_main()}
     first: dict[nn.Parameter, str] = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):
         if name in state:  # a tied head is one tensor under two names, or it would be written twice
             state[name] = state[first.setdefault(parameter, name)]
-    distributed.on_main(lambda: _write_and_compare(policy, directory, state, dtype))
+    distributed.on_main(lambda: _write_and_compare(policy, directory, state))
     if policy.lora:
         lora.save_adapter(policy.model, policy.lora, policy.source, directory / "adapter")
 
 
-def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor]) -> None:
     from transformers import AutoModelForCausalLM
 
     with attention_implementation(policy.model, "sdpa"):
         policy.model.save_pretrained(directory, state_dict=state)
     policy.tokenizer.save_pretrained(directory)
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+    apply_umask(*directory.glob("*.safetensors"))
+    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
     wrong = [name for name, tensor in state.items() if not torch.equal(tensor, reloaded[name])]
     if wrong:
         raise RuntimeError(f"the model exported to {directory} reads back different: {', '.join(wrong[:5])}")

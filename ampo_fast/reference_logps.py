@@ -16,10 +16,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ampo_fast import distributed
 from ampo_fast.config import Config
+from ampo_fast.files import save_tensors, write_atomic
 from ampo_fast.jsonl import dump_line
 from ampo_fast.lora import base_tensors
 from ampo_fast.model import Policy
@@ -115,13 +116,11 @@ class ReferenceLogps:
             own.lerp_(new, 1.0 - config.decay)
 
     def save(self, step: int) -> None:
-        """The weights at `step`, written aside and renamed; those of older steps but one go."""
+        """The weights at `step`, whole or not at all; those of older steps but one go."""
         if not self.moves:
             return
         self.folder.mkdir(exist_ok=True)
-        aside = self.folder / "aside"
-        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters()}, aside)
-        aside.rename(self._weights(step))
+        save_tensors(self._weights(step), {name: p.detach() for name, p in self.model.named_parameters()})
         for path in sorted(self.folder.glob("step_*.safetensors"))[: -self.config.checkpoint.keep_last - 1]:
             path.unlink()
 
@@ -214,7 +213,7 @@ def _read(path: Path) -> dict[_Key, _Logp]:
         path.touch()
     whole, _, torn = path.read_text().rpartition("\n")
     if torn:  # the line that a killed run was writing
-        path.write_text(whole + "\n" if whole else "")
+        write_atomic(path, lambda aside: aside.write_text(whole + "\n" if whole else ""))
     rows = [json.loads(line) for line in whole.splitlines()]
     return {(row["id"], row["index"]): row["logp"] for row in rows}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ampo_fast.config import Config
+from ampo_fast.files import write_json
 from ampo_fast.reward_model.config import RewardTrainingConfig
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
@@ -49,9 +49,7 @@ def open_run_dir(
     path.mkdir(parents=True, exist_ok=True)
     for name in folders:
         (path / name).mkdir(exist_ok=True)
-    aside = path / "config.json.tmp"
-    aside.write_text(json.dumps(resolved, indent=2) + "\n")
-    os.replace(aside, saved)
+    write_json(saved, resolved)
     return path
 
 

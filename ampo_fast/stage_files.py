@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from ampo_fast.files import save_tensors, write_atomic
 from ampo_fast.jsonl import dump_line, read_jsonl
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt, ScoredGroup, SelectedGroup
 
@@ -236,31 +237,6 @@ def _row(item: ScoredGroup | SelectedGroup | Row) -> Row:
 def write_embeddings(path: Path, blocks: Sequence[torch.Tensor]) -> None:
     """Stacks the rows' [N, E] blocks in file order into the .safetensors beside `path`, whole or not at all."""
     save_tensors(embeddings_path(path), {"embeddings": torch.cat(list(blocks))})
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a .safetensors file, whole or not at all."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def write(aside: Path) -> None:
-        aside.touch()
-        mode = aside.stat().st_mode
-        save_file(whole, aside)
-        aside.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
-
-    write_atomic(path, write)
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, fsync, rename: after a crash or on a full disk the old file is still there, whole."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 class RowWriter:

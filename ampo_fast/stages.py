@@ -22,6 +22,7 @@ from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
+from ampo_fast.files import save_tensors, write_atomic, write_json
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
@@ -38,9 +39,7 @@ from ampo_fast.stage_files import (
     read_embeddings,
     read_rows,
     row_from_group,
-    save_tensors,
     scored_from_row,
-    write_atomic,
     write_rewards,
     write_rows_atomic,
 )
@@ -251,7 +250,7 @@ def _claim(stage: str, config: Config, output: Path) -> None:
         if differing:
             raise ValueError(f"{output} was begun with {'; '.join(differing)}; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(sidecar, lambda aside: aside.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_json(sidecar, settings)
 
 
 def _settings(stage: str, config: Config) -> dict[str, Any]:

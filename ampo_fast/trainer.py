@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import resource
@@ -23,6 +22,7 @@ from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
+from ampo_fast.files import write_json
 from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
@@ -110,7 +110,7 @@ class Trainer:
             self.run_dir / "checkpoints", self.policy, self.updater.optimizer, config.checkpoint
         )
         if distributed.is_main():
-            (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+            write_json(self.run_dir / "versions.json", versions())
         self.trace = Trace(self.run_dir / TRACE_FILE if distributed.is_main() else None)
         self.rounds = RoundMaker(
             config, self.actor, self.engine, self.sampler, self.reward_fn, self.embedder,
@@ -348,7 +348,7 @@ class Trainer:
         if self.updater.fitted_gamma is not None:
             summary["gamma"] = self.updater.fitted_gamma
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.run_dir / "summary.json", summary)
         return summary
 
 
@@ -356,9 +356,9 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any, limit: int = 6) -> None:
-    """The same held-out prompts before and after, one above the other."""
-    for old, new in list(zip(before, after, strict=True))[:limit]:
+def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any) -> None:
+    """The first held-out prompts before and after, one above the other."""
+    for old, new in list(zip(before, after, strict=True))[:6]:
         print(f"\n{old['prompt'][-1]['content']}", file=file)
         for name, row in (("before", old), ("after", new)):
             response = row["responses"][0]

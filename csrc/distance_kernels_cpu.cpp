@@ -94,7 +94,7 @@ Path detect() {
 #ifdef AMPO_X86
   // AMPO_FAST_SIMD=plain|avx2 narrows the choice: to test the other paths, and to compare results between machines.
   const char* wanted = std::getenv("AMPO_FAST_SIMD");
-  const std::size_t is_plain = wanted && !std::strcmp(wanted, "plain"), is_avx2 = wanted && !std::strcmp(wanted, "avx2");
+  const bool is_plain = wanted && !std::strcmp(wanted, "plain"), is_avx2 = wanted && !std::strcmp(wanted, "avx2");
   if (is_plain) return Path::kPlain;
   __builtin_cpu_init();
   if (!is_avx2 && __builtin_cpu_supports("avx512f")) return Path::kAvx512;

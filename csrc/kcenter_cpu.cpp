@@ -8,6 +8,7 @@
 #endif
 
 #include "distance_kernels.h"
+#include "first_error.h"
 
 namespace ampo {
 namespace {
@@ -72,18 +73,22 @@ class Pool {
     for (const int64_t index : first) is_chosen[index] = 1;
     const int64_t num_parts = parts();
     heaps_.resize(num_parts);
+    FirstError error;
 #pragma omp parallel for schedule(static, 1) num_threads(num_parts)
     for (int64_t p = 0; p < num_parts; ++p) {
-      std::vector<T> widened, squared;
-      std::vector<Entry<T>>& heap = heaps_[p];
-      const int64_t begin = points_.count * p / num_parts, end = points_.count * (p + 1) / num_parts;
-      for (int64_t i = begin; i < end; ++i) {
-        if (is_chosen[i]) continue;
-        heap.push_back({std::numeric_limits<T>::infinity(), i, 0});
-        refresh(heap.back(), widened, squared);
-      }
-      std::make_heap(heap.begin(), heap.end());
+      error.keep([&] { fill_heap(heaps_[p], points_.count * p / num_parts, points_.count * (p + 1) / num_parts, is_chosen); });
     }
+    error.rethrow();
+  }
+
+  void fill_heap(std::vector<Entry<T>>& heap, int64_t begin, int64_t end, const std::vector<uint8_t>& is_chosen) const {
+    std::vector<T> widened, squared;
+    for (int64_t i = begin; i < end; ++i) {
+      if (is_chosen[i]) continue;
+      heap.push_back({std::numeric_limits<T>::infinity(), i, 0});
+      refresh(heap.back(), widened, squared);
+    }
+    std::make_heap(heap.begin(), heap.end());
   }
 
   // Brings the top of one part up to date; stops early once another part has a farther point.
@@ -110,17 +115,19 @@ class Pool {
   int64_t farthest() {
     const int64_t num_parts = int64_t(heaps_.size());
     T best_so_far = -std::numeric_limits<T>::infinity();
+    FirstError error;
 #pragma omp parallel for schedule(static, 1) num_threads(num_parts) if (num_parts > 1)
     for (int64_t p = 0; p < num_parts; ++p) {
       T elsewhere;
 #pragma omp atomic read
       elsewhere = best_so_far;
-      settle(heaps_[p], elsewhere);
+      error.keep([&] { settle(heaps_[p], elsewhere); });
       const bool is_current = !heaps_[p].empty() && heaps_[p].front().seen == num_centers_;
       if (!is_current) continue;
 #pragma omp critical(ampo_kcenter_best)
       if (heaps_[p].front().bound > best_so_far) best_so_far = heaps_[p].front().bound;
     }
+    error.rethrow();
     // A part that stopped early holds a stale top below the best: it cannot win, and the order by (bound, index) decides.
     int64_t winner = -1;
     for (int64_t p = 0; p < num_parts; ++p) {

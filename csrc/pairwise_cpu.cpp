@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "distance_kernels.h"
+#include "first_error.h"
 
 namespace ampo {
 namespace {
@@ -61,6 +62,7 @@ void all_groups(const Points& points, Metric metric, const int64_t* offsets, int
     const int64_t count = offsets[g + 1] - offsets[g];
     block[g + 1] = block[g] + count * count;
   }
+  FirstError error;
 #pragma omp parallel if (num_groups > 1)
   {
     Rows<T> rows;
@@ -68,17 +70,20 @@ void all_groups(const Points& points, Metric metric, const int64_t* offsets, int
     std::vector<uint8_t> is_zero;
 #pragma omp for schedule(dynamic, 4)
     for (int64_t g = 0; g < num_groups; ++g) {
-      const int64_t count = offsets[g + 1] - offsets[g];
-      rows.take(points, offsets[g], count);
-      if (metric == Metric::kCosine) make_unit(rows, points.dim, unit, is_zero);
-      T* target = out + block[g];
-      pairwise_rows(rows.row.data(), count, points.dim, metric, target);
-      if (metric != Metric::kCosine) continue;
-      for (int64_t e = 0; e < count * count; ++e) {
-        if (is_zero[e / count] != is_zero[e % count]) target[e] = T(1);
-      }
+      error.keep([&] {
+        const int64_t count = offsets[g + 1] - offsets[g];
+        rows.take(points, offsets[g], count);
+        if (metric == Metric::kCosine) make_unit(rows, points.dim, unit, is_zero);
+        T* target = out + block[g];
+        pairwise_rows(rows.row.data(), count, points.dim, metric, target);
+        if (metric != Metric::kCosine) return;
+        for (int64_t e = 0; e < count * count; ++e) {
+          if (is_zero[e / count] != is_zero[e % count]) target[e] = T(1);
+        }
+      });
     }
   }
+  error.rethrow();
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 
 #include "coverage.h"
 #include "distance_kernels.h"
+#include "first_error.h"
 #include "kmeans.h"
 #include "kmedoids.h"
 #include "pairwise.h"
@@ -36,7 +37,7 @@ class Deadline {
   Deadline(double limit_s, int64_t num_groups, int num_threads)
       : has_limit_(limit_s < kInfinity), threads_(num_threads), left_(num_groups),
         end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                std::chrono::duration<double>(has_limit_ ? std::min(limit_s, 1e8) : 0.0))) {}
+                                std::chrono::duration<double>(has_limit_ ? std::clamp(limit_s, 0.0, 1e8) : 0.0))) {}
 
   bool has_limit() const { return has_limit_; }
 
@@ -238,12 +239,14 @@ void all_groups(const SelectInput& input, const SelectOptions& options, const Se
   const int num_threads = 1;
 #endif
   Deadline deadline(options.time_limit_s, input.num_groups, num_threads);
+  FirstError error;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Selector<T> selector(input, options, deadline);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < input.num_groups; ++g) selector.run(g, output);
+    for (int64_t g = 0; g < input.num_groups; ++g) error.keep([&] { selector.run(g, output); });
   }
+  error.rethrow();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "first_error.h"
 #include "select_group.h"
 
 namespace ampo {
@@ -38,12 +39,14 @@ SelectPlan::SelectPlan(const SelectInput& input, const SelectOptions& options)
              : options.strategy == Strategy::kOptSelect ? DeviceStrategy::kOptSelect
                                                         : DeviceStrategy::kGiven;
   for (int64_t g = 0; g < input.num_groups; ++g) largest = std::max(largest, input.offsets[g + 1] - input.offsets[g]);
+  FirstError error;
 #pragma omp parallel
   {
     Group sides(input, options);
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < input.num_groups; ++g) fill_group(sides, options, g, *this);
+    for (int64_t g = 0; g < input.num_groups; ++g) error.keep([&] { fill_group(sides, options, g, *this); });
   }
+  error.rethrow();
 }
 
 }  // namespace ampo

@@ -60,6 +60,13 @@ def comparable(run_dir):
     ]
 
 
+def of_other_modes(directory):
+    """Files below it that others may read more, or less, than the umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return [path for path in directory.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask]
+
+
 def reached(run_dir, mark):
     """Whether a run has come to `mark`: the beginning of a file's name, or (with a quote) a text in its metrics."""
     if mark.startswith('"'):

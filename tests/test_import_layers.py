@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 # A package is one entry (losses, report), or a room: each of its modules is one (vllm.engine).
 LEVELS = [
-    {"types", "config", "margins_fit", "jsonl", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
+    {"types", "config", "margins_fit", "jsonl", "files", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
      "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline", "reward_model.config",
      "reward_model.calibration"},
     {"validation", "compiled", "reference", "selection_reference"},

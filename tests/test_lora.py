@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import config, group
-from runs import comparable, write_run
+from runs import comparable, of_other_modes, write_run
 from safetensors.torch import load_file
 
 from ampo_fast.checkpoint import load_checkpoint, save_checkpoint
@@ -94,6 +94,7 @@ def test_the_export_is_a_merged_model_and_a_peft_adapter(tiny_model, tmp_path):
 
     policy = adapted(tiny_model)
     export(policy, tmp_path / "final")
+    assert not of_other_modes(tmp_path / "final")
     expected = response_logp(policy, GROUPS, 1000)
     merged = Policy.load(ModelConfig(path=str(tmp_path / "final")))
     torch.testing.assert_close(response_logp(merged, GROUPS, 1000), expected, atol=1e-5, rtol=0)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from builders import config, prompt, scored
-from runs import comparable, write_run
+from runs import comparable, of_other_modes, write_run
 
 from ampo_fast.config import ModelConfig, load_config
 from ampo_fast.model import Policy
@@ -179,6 +179,7 @@ def test_its_weights_come_back_and_missing_ones_are_named(tiny_model, tmp_path):
     pairs = zip(references.model.parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert len(list((tmp_path / "reference").iterdir())) == 3
+    assert not of_other_modes(tmp_path / "reference")
     with pytest.raises(ValueError, match=r"step_000001\.safetensors is missing"):
         again.restore(1)
 

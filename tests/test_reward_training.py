@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import config as policy_config
 from builders import group as candidate_group
+from runs import of_other_modes
 
 from ampo_fast import cli
 from ampo_fast.config import build_config
@@ -87,6 +88,7 @@ def test_the_run_directory_is_whole_and_the_model_is_a_reward(tiny_model, tmp_pa
     assert summary["run_dir"] == str(run)
     for name in ("config.json", "versions.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html"):
         assert (run / name).stat().st_size > 0, name
+    assert not of_other_modes(run)
     assert "Reliability" in (run / "report.html").read_text()
     from transformers import AutoModelForSequenceClassification
 

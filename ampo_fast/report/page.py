@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from ampo_fast.files import write_atomic
 from ampo_fast.report.candidate_map import file_map_section, map_section
 from ampo_fast.report.curves import (
     drift_section,
@@ -20,7 +21,6 @@ from ampo_fast.report.run_data import RunData, load_run
 from ampo_fast.report.section import MAX_POINTS, mean, number
 from ampo_fast.report.story import story, tiles
 from ampo_fast.report.texts import completions_section, file_groups_section, groups_section
-from ampo_fast.stage_files import write_atomic
 from ampo_fast.templating import render
 
 _SECTIONS = (

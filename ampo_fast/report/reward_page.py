@@ -9,9 +9,9 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from ampo_fast.files import write_atomic
 from ampo_fast.metrics import METRICS_FILE, scan_metrics
 from ampo_fast.report.section import BLUE, GREY, INK, ORANGE, Chart, Section, Table, curve, figure, number
-from ampo_fast.stage_files import write_atomic
 from ampo_fast.templating import render
 
 Evaluation = dict[str, Any]

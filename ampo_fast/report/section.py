@@ -66,13 +66,13 @@ def figure(traces: Iterable[Row], *, y_title: str = "", x_title: str = "step", *
     return {"data": [trace for trace in traces if trace], "layout": base | layout}
 
 
-def curve(rows: Sequence[Row], key: str, name: str, color: str, *, width: float = 2, **more: Any) -> Row:
+def curve(rows: Sequence[Row], key: str, name: str, color: str, **more: Any) -> Row:
     """A line trace of rows' `key` over step; {} where no row has a number."""
     steps, values = series(rows, key)
     if not any(value is not None for value in values):
         return {}
     few = sum(value is not None for value in values) < 40
-    line = {"color": color, "width": width} | more.pop("line", {})
+    line = {"color": color, "width": 2} | more.pop("line", {})
     mode = "lines+markers" if few else "lines"
     return {"type": "scatter", "x": steps, "y": values, "name": name, "mode": mode, "line": line} | more
 

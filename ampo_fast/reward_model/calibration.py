@@ -16,8 +16,8 @@ Z_95 = 1.959963984540054
 NUM_BINS = 15
 
 
-def wilson_interval(hits: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); (0, 1) for none.
+def wilson_interval(hits: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); (0, 1) for none.
 
     Wilson (1927), JASA 22. Raises ValueError unless 0 <= hits <= count.
     """
@@ -25,6 +25,7 @@ def wilson_interval(hits: float, count: int, z: float = Z_95) -> tuple[float, fl
         raise ValueError(f"hits = {hits} must be in [0, count = {count}]")
     if count == 0:
         return 0.0, 1.0
+    z = Z_95
     share, scale = hits / count, 1.0 + z * z / count
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count))

@@ -6,14 +6,15 @@ RUN/checkpoint.safetensors holds the trained parameters, AdamW's moments and the
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from ampo_fast.files import save_tensors
 
 NAME = "checkpoint.safetensors"
 
@@ -24,14 +25,12 @@ def save_checkpoint(
     """best: {"weights": {name: tensor}, ...}; its other entries and `state` must be JSON."""
     tensors = {}
     for name, parameter in _trained(model):
-        tensors[f"model.{name}"] = parameter.detach().contiguous()
+        tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    tensors |= {f"best.{name}": tensor.contiguous() for name, tensor in best["weights"].items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in best["weights"].items()}
     header = state | {"best": {key: value for key, value in best.items() if key != "weights"}}
-    aside = run_dir / f"{NAME}.tmp"
-    save_file(tensors, aside, metadata={"state": json.dumps(header)})
-    os.replace(aside, run_dir / NAME)
+    save_tensors(run_dir / NAME, tensors, metadata={"state": json.dumps(header)})
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import nn
 
 from ampo_fast import attention
 from ampo_fast.assets import resolve_model
+from ampo_fast.files import apply_umask
 from ampo_fast.model import attention_implementation
 from ampo_fast.reward_model.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
 from ampo_fast.reward_model.config import RewardModelConfig
@@ -246,6 +247,7 @@ class RewardModel(nn.Module):
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self.model.save_pretrained(directory)
         self.text.tokenizer.save_pretrained(directory)
+        apply_umask(*directory.glob("*.safetensors"))
         reloaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
         found = reloaded.state_dict()
         wrong = [name for name, tensor in state.items() if not torch.equal(tensor.cpu(), found[name])]

@@ -6,7 +6,6 @@ Shapes: M responses of a step, B its groups.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ampo_fast import losses
+from ampo_fast.files import write_json
 from ampo_fast.losses import ResponseStats, reward_model
 from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
@@ -83,7 +83,7 @@ class RewardTrainer:
         self.num_steps = per_epoch * config.run.epochs
         self.eval_steps = _eval_steps(per_epoch, config)
         self.run_dir = open_run_dir(config, resume=resume, folders=())
-        (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        write_json(self.run_dir / "versions.json", versions())
         self.best: dict[str, Any] = {}
         self.num_nonfinite = 0
         self.step = 0
@@ -219,7 +219,7 @@ class RewardTrainer:
         self.model.load_state_dict(self.best["weights"], strict=False)
         scores = [score.tolist() for score in self._scores(self.held_items)]
         evaluation = evaluate_scores([item.group for item in self.held_items], scores)
-        (self.run_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+        write_json(self.run_dir / "evaluation.json", evaluation)
         sample = sorted((item.encoded for item in self.held_items), key=lambda e: e.packed_tokens)[:_NUM_COMPARED]
         final = self.run_dir / "final"
         difference = self.model.export(final, sample)
@@ -242,7 +242,7 @@ class RewardTrainer:
         summary |= {"gamma": self.gamma} if self.gamma is not None else {}
         summary |= {"length_weight": self.length_weight} if self.config.loss.length_control else {}
         summary |= {"stopped": stopped} if stopped else {}
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.run_dir / "summary.json", summary)
         write_reward_report(self.run_dir)
         return summary
 

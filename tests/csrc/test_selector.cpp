@@ -6,10 +6,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <set>
 #include <vector>
 
 #include "distance_kernels.h"
+#include "first_error.h"
 #include "kcenter.h"
 #include "kmeans.h"
 #include "kmedoids.h"
@@ -227,6 +229,42 @@ void test_select() {
   }
 }
 
+// A limit that is long past proves nothing, and overflows nothing on its way into the clock's integers.
+void test_time_limits() {
+  constexpr int64_t count = 24, k = 6;
+  const Pool pool(2 * count, 3, 5);
+  const std::vector<double> reward(2 * count, 0.0);
+  const std::vector<uint8_t> yes(2 * count, 1);
+  const std::vector<int64_t> offsets{0, count, 2 * count}, keys{0, 1};
+  for (const double limit_s : {0.0, -1.0, -1e300, -std::numeric_limits<double>::infinity()}) {
+    std::vector<int64_t> positive(2), negative(2 * k);
+    std::vector<double> cost(2), bound(2);
+    std::vector<uint8_t> proven(2, 7);
+    const ampo::SelectInput input{pool.views()[0], reward.data(), yes.data(), yes.data(), offsets.data(), keys.data(), 2};
+    const ampo::SelectOptions options{ampo::Strategy::kOptSelectExact, k, 1, false, std::nan(""), 7, limit_s};
+    ampo::select_cpu(input, options, {positive.data(), negative.data(), cost.data(), bound.data(), proven.data()});
+    EXPECT(proven[0] == 0 && proven[1] == 0);
+  }
+}
+
+void test_an_error_in_a_region_arrives_behind_it() {
+  ampo::FirstError none, error;
+  none.keep([] {});
+  none.rethrow();
+  bool is_caught = false;
+#pragma omp parallel for num_threads(4)
+  for (int i = 0; i < 100; ++i) {
+    error.keep([] { throw std::bad_alloc(); });
+  }
+  error.keep([] { EXPECT(!"called after an error"); });
+  try {
+    error.rethrow();
+  } catch (const std::bad_alloc&) {
+    is_caught = true;
+  }
+  EXPECT(is_caught);
+}
+
 }  // namespace
 
 int main() {
@@ -235,6 +273,8 @@ int main() {
   test_k_medoids();
   test_k_means();
   test_select();
+  test_time_limits();
+  test_an_error_in_a_region_arrives_behind_it();
   std::printf("selector: %d checks passed, vector unit %s\n", num_checks, ampo::vector_path());
   return 0;
 }
