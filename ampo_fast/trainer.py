@@ -18,7 +18,7 @@ from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
-from ampo_fast.data import load_prompts
+from ampo_fast.data import load_prompts, settle_disagreements
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
@@ -29,7 +29,6 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
-from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker

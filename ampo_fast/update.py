@@ -12,6 +12,7 @@ import torch
 from ampo_fast import distributed, losses
 from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
+from ampo_fast.margins_fit import fitted_params
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import (
@@ -24,7 +25,6 @@ from ampo_fast.packing import (
 )
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reference_logps import ReferenceLogps
-from ampo_fast.reward_model.data import fitted_params
 from ampo_fast.rewards import normalizer_for
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (
@@ -43,16 +43,11 @@ _MAX_NONFINITE_STEPS = 3
 
 def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
     """The loss that loss.name and loss.params name, plus the NLL term where asked for; gamma fitted on given rewards."""
-    classes = {name: getattr(losses, name) for name in losses.__all__}
-    known = [name for name, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Loss)]
-    if config.loss.name not in known or config.loss.name == "Sum":
-        raise ValueError(
-            f"loss.name = {config.loss.name!r}; known: {', '.join(name for name in known if name != 'Sum')}"
-        )
-    # CaPO's win rates are those against all candidates, which the loss never sees.
-    implied = {"calibrated": True} if config.loss.name == "CaPO" and normalizer_for(config) == "win_rate" else {}
+    kind, params = losses.loss_class(config.loss.name), config.loss.params
     try:
-        loss = classes[config.loss.name](**implied | fitted_params(config.loss, config.reward.normalize, prompts))
+        if kind.fits_gamma:
+            params = fitted_params(params, config.reward.normalize, prompts)
+        loss = kind(**kind.implied_params(normalizer_for(config)) | params)
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:

@@ -17,7 +17,6 @@ from ampo_fast.reward_model.model import EncodedGroup
 from ampo_fast.reward_model.training import (
     Item,
     RewardTrainer,
-    ScoreInfoNCA,
     fit_length_weight,
     make_reward_loss,
     train_reward,
@@ -186,13 +185,6 @@ def test_the_length_weight_is_the_log_odds_by_hand(tiny_model):
     assert fit_length_weight(items) == pytest.approx(math.log(3) / math.log(2))
     with pytest.raises(ValueError, match="length decides every pair"):
         fit_length_weight(items[:3])
-
-
-def test_infonca_on_scores_by_hand():
-    loss = ScoreInfoNCA(temperature=0.5)
-    score, reward = torch.tensor([0.3, -0.2]), torch.tensor([1.0, 0.0])
-    expected = -(torch.softmax(reward / 0.5, 0) * torch.log_softmax(score, 0)).sum()
-    assert loss(score, reward, torch.tensor([0, 2])).loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["BradleyTerry", "InfoNCA"])

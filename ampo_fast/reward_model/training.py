@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ampo_fast import losses
-from ampo_fast.losses import ResponseStats, reward_model
+from ampo_fast.losses import LossOutput, reward_model
+from ampo_fast.losses.reward_model import RewardLoss
 from ampo_fast.losses.token_diff import divergent_similarity
-from ampo_fast.margins_fit import fit_slope, resolve_gamma
+from ampo_fast.margins_fit import fit_slope, margins_and_labels, resolve_gamma
 from ampo_fast.metrics import MetricsLog
 from ampo_fast.model_card import versions
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
@@ -27,7 +27,7 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
 from ampo_fast.reward_model.checkpoint import load_checkpoint, save_checkpoint
 from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
-from ampo_fast.reward_model.data import check_margins, hold_out, load_groups, margins_and_labels
+from ampo_fast.reward_model.data import check_margins, hold_out, load_groups
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
 from ampo_fast.reward_model.model import EncodedGroup, RewardModel, token_batches
@@ -161,20 +161,20 @@ class RewardTrainer:
         self._guard(is_finite, step)
         metrics = {"loss": total.item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["epoch"] = (step + 1) * self.config.run.epochs / self.num_steps
-        judged = sums.get("pairs", 0.0) - sums.get("pairs_equal", 0.0) * getattr(self.loss_fn, "soft_labels", False)
+        judged = sums.get("pairs", 0.0) - sums.get("pairs_equal", 0.0) * self.loss_fn.soft_labels
         if judged:
             metrics["accuracy"] = sums["pairs_right"] / judged
         self.metrics.log(step + 1, metrics | {"time/step": sum(self.progress.phase_s.values())})
         self.progress.step_done(step + 1, metrics)
 
-    def _loss(self, score_M: torch.Tensor, items: Sequence[Item], with_length: bool = True) -> losses.LossOutput:
+    def _loss(self, score_M: torch.Tensor, items: Sequence[Item]) -> LossOutput:
         reward_M = torch.tensor([r for item in items for r in item.rewards], device=score_M.device)
         length_M = torch.tensor([n for item in items for n in item.lengths], device=score_M.device)
-        if with_length and self.length_weight:
+        if self.length_weight:
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
         more = {}
-        if isinstance(self.loss_fn, reward_model.PCRM):
+        if self.loss_fn.needs_similarity:
             more["similarity"] = divergent_similarity([item.encoded.ids for item in items]).to(score_M.device)
         return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
 
@@ -253,30 +253,17 @@ def _groups(config: RewardTrainingConfig) -> tuple[list[Prompt], list[Prompt]]:
         train, held = hold_out(groups, config.data.eval_share, config.run.seed)
     else:
         train, held = groups, load_groups(config.data, "data.eval")
-    check_margins(train, config.loss.name)
+    check_margins(train, getattr(reward_model, config.loss.name))
     return train, held
 
 
-def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[Any, float | None]:
+def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[RewardLoss, float | None]:
     """(the loss that loss.name and loss.params name, its gamma where it has one, fitted on the groups where asked for)."""
     try:
-        if config.name == "InfoNCA":
-            return ScoreInfoNCA(**config.params), None
-        params = resolve_gamma(config.params, *margins_and_labels(groups))
-        loss = getattr(reward_model, config.name)(**params)
+        loss = getattr(reward_model, config.name)(**resolve_gamma(config.params, *margins_and_labels(groups)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.params!r}: {error}") from error
     return loss, getattr(loss, "gamma", None)
-
-
-class ScoreInfoNCA:
-    """-sum_i softmax(r / temperature)_i log softmax(score)_i (InfoNCA's targets on scores; arXiv 2402.05369)."""
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        self._loss = losses.InfoNCA(beta=1.0, temperature=temperature)
-
-    def __call__(self, score_M, reward_M, group_offsets, *, length_M=None) -> losses.LossOutput:
-        return self._loss(ResponseStats(score_M, torch.ones_like(score_M), reward_M, group_offsets))
 
 
 def fit_length_weight(items: Sequence[Item]) -> float:
