@@ -101,6 +101,7 @@ class Trainer:
             "num_tokens": 0,
             "best_reward": None,
             "bad_evals": 0,
+            "num_nonfinite": 0,
             "wall_s": 0.0,
         }
         self.step = self._restore() if resume else 0
@@ -305,6 +306,7 @@ class Trainer:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
+        self.updater.guard.count = self.state.get("num_nonfinite", 0)  # which older checkpoints lack
         if self.updater.reference is not None:
             self.updater.reference.restore(step)
         self._push(step)
@@ -317,6 +319,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.state["spreads"] = self.rounds.spreads_before(self._place(self.step)[0])
+        self.state["num_nonfinite"] = self.updater.guard.count
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
             if self.updater.reference is not None:

@@ -14,7 +14,7 @@ from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
 from ampo_fast.margins_fit import fitted_params
 from ampo_fast.model import Policy
-from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
+from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import (
     MicroBatch,
     count_targets,
@@ -37,8 +37,6 @@ from ampo_fast.step_metrics import (
 )
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 from ampo_fast.utilisation import utilisation
-
-_MAX_NONFINITE_STEPS = 3
 
 
 def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
@@ -67,7 +65,7 @@ class Updater:
         if self.loss_fn.uses_reference:
             self.reference = ReferenceLogps(config, policy, prompts, by_token=self.loss_fn.needs_reference_rows)
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
-        self._num_nonfinite = 0
+        self.guard = NonfiniteGuard("Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/")
 
     @property
     def fitted_gamma(self) -> float | None:
@@ -102,7 +100,7 @@ class Updater:
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
         if self.reference is not None:
             self.reference.follow(self.policy, step + 1)
-        self._guard(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress)
+        self.guard.check(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress.note)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())
         metrics |= sharing_metrics(plans)
@@ -216,13 +214,3 @@ class Updater:
                 f"ranks share the parameters ({str(error).splitlines()[0]}). What was held: {snapshot}, for "
                 "https://pytorch.org/memory_viz"
             ) from error
-
-    def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
-        self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
-        if not is_finite:
-            progress.note(f"{what}: update left out")
-        if self._num_nonfinite == _MAX_NONFINITE_STEPS:
-            raise ValueError(
-                f"{_MAX_NONFINITE_STEPS} steps in a row had a non-finite loss or gradient; nothing was trained on them. "
-                "Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/"
-            )

@@ -11,6 +11,7 @@ from builders import group as candidate_group
 from ampo_fast import cli
 from ampo_fast.config import build_config
 from ampo_fast.metrics import read_metrics
+from ampo_fast.reward_model import training
 from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_model.data import conversation_key
 from ampo_fast.reward_model.model import EncodedGroup
@@ -243,6 +244,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monke
     (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         train_reward(config, resume=True)
+
+
+def test_a_step_without_a_finite_loss_is_noted_and_the_third_ends_the_run(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "guarded_step", lambda *_: (float("nan"), False))
+    with pytest.raises(ValueError, match=r"3 steps in a row.*Lower optim\.lr"):
+        train_reward(settings(tmp_path, tiny_model))
+    noted = [line for line in capsys.readouterr().err.splitlines() if "gradient norm nan: update left out" in line]
+    assert [line.split(":")[0] for line in noted] == ["step 1", "step 2", "step 3"]
 
 
 def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):

@@ -22,7 +22,7 @@ from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, margins_and_labels, resolve_gamma
 from ampo_fast.metrics import MetricsLog
 from ampo_fast.model_card import versions
-from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
+from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
 from ampo_fast.reward_model.checkpoint import load_checkpoint, save_checkpoint
@@ -37,7 +37,6 @@ from ampo_fast.types import Prompt
 log = logging.getLogger(__name__)
 
 _NUM_COMPARED = 8
-_MAX_NONFINITE_STEPS = 3
 
 
 def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str, Any]:
@@ -85,12 +84,12 @@ class RewardTrainer:
         self.run_dir = open_run_dir(config, resume=resume, folders=())
         (self.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         self.best: dict[str, Any] = {}
-        self.num_nonfinite = 0
+        self.guard = NonfiniteGuard("Lower optim.lr, and look at the scores in the data")
         self.step = 0
         found = load_checkpoint(self.run_dir, self.model, self.optimizer) if resume else None
         if found:
             self.best, state = found
-            self.step, self.num_nonfinite = state["step"], state["num_nonfinite"]
+            self.step, self.guard.count = state["step"], state["num_nonfinite"]
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -158,7 +157,9 @@ class RewardTrainer:
                     sums[key] = sums.get(key, 0.0) + float(value)
         with self.progress.phase("optimizer"):
             grad_norm, is_finite = guarded_step(self.optimizer, total, lr, config.max_grad_norm)
-        self._guard(is_finite, step)
+        self.guard.check(
+            is_finite, f"step {step + 1}: loss {total.item()}, gradient norm {grad_norm}", self.progress.note
+        )
         metrics = {"loss": total.item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["epoch"] = (step + 1) * self.config.run.epochs / self.num_steps
         judged = sums.get("pairs", 0.0) - sums.get("pairs_equal", 0.0) * self.loss_fn.soft_labels
@@ -177,13 +178,6 @@ class RewardTrainer:
         if self.loss_fn.needs_similarity:
             more["similarity"] = divergent_similarity([item.encoded.ids for item in items]).to(score_M.device)
         return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
-
-    def _guard(self, is_finite: bool, step: int) -> None:
-        self.num_nonfinite = 0 if is_finite else self.num_nonfinite + 1
-        if self.num_nonfinite == _MAX_NONFINITE_STEPS:
-            raise ValueError(
-                f"{_MAX_NONFINITE_STEPS} steps up to step {step + 1} had a non-finite loss or gradient; lower optim.lr"
-            )
 
     # --- evaluation and end -------------------------------------------------------------------------------------------
 
@@ -206,7 +200,7 @@ class RewardTrainer:
             self.best = {"value": value, "step": step, "weights": trained, "since": 0}
         else:
             self.best["since"] += 1
-        state = {"step": step, "num_nonfinite": self.num_nonfinite}
+        state = {"step": step, "num_nonfinite": self.guard.count}
         save_checkpoint(self.run_dir, self.model, self.optimizer, self.best, state)
 
     def _why_stop(self) -> str | None:
