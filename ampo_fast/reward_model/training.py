@@ -23,6 +23,7 @@ from ampo_fast.margins_fit import fit_slope, margins_and_labels, resolve_gamma
 from ampo_fast.metrics import MetricsLog
 from ampo_fast.model_card import versions
 from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
+from ampo_fast.packing import token_runs
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
 from ampo_fast.reward_model.checkpoint import load_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_model.data import check_margins, hold_out, load_groups
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
-from ampo_fast.reward_model.model import EncodedGroup, RewardModel, token_batches
+from ampo_fast.reward_model.model import EncodedGroup, RewardModel
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.types import Prompt
 
@@ -278,7 +279,7 @@ def fit_length_weight(items: Sequence[Item]) -> float:
 def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
     """Whole groups, like lengths together: little padding, and at most max_tokens each (a longer group runs alone)."""
     order = sorted(items, key=lambda item: item.encoded.packed_tokens)
-    return [[order[i] for i in chunk] for chunk in token_batches([i.encoded.packed_tokens for i in order], max_tokens)]
+    return [[order[i] for i in chunk] for chunk in token_runs([i.encoded.packed_tokens for i in order], max_tokens)]
 
 
 def _eval_steps(per_epoch: int, config: RewardTrainingConfig) -> set[int]:
