@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ampo_fast.data_formats import Format, Row, read_row
 from ampo_fast.jsonl import read_jsonl
 from ampo_fast.types import Prompt
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _FORMATS_WITH_RESPONSES = "responses, completions, all_generated_responses, A0.. with score_A0.., chosen + rejected"
@@ -47,6 +50,27 @@ def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{source} is empty: it holds no rows")
     return list(prompts.values())
+
+
+def disagreeing(group: Prompt) -> bool:
+    """Whether the chosen response of a pair has the lower score."""
+    chosen = [r.reward for r in group.responses if r.is_chosen]
+    rejected = [r.reward for r in group.responses if r.is_chosen is False]
+    return bool(chosen and rejected) and chosen[0] < rejected[0]
+
+
+def settle_disagreements(groups: Sequence[Prompt], rule: str, field: str) -> list[Prompt]:
+    """Pairs whose label and scores disagree: "raise", trust the "scores", or "drop"; counted."""
+    wrong = [group.id for group in groups if disagreeing(group)]
+    if wrong and rule == "raise":
+        raise ValueError(
+            f"{field}: the chosen response scores below the rejected one in {len(wrong)} of {len(groups)} pairs "
+            f'({", ".join(wrong[:5])}{", ..." if len(wrong) > 5 else ""}); set data.disagreement to "scores" to trust '
+            'the scores, or to "drop", or correct the rows'
+        )
+    if wrong:
+        log.warning("%s: labels and scores disagree in %d of %d pairs: %s", field, len(wrong), len(groups), rule)
+    return [g for g in groups if not disagreeing(g)] if rule == "drop" else list(groups)
 
 
 def _check_same_format(found: Format, row: Row, first: tuple[Format, str]) -> None:

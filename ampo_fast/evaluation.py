@@ -13,7 +13,7 @@ from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
-from ampo_fast.packing import pack_responses, packed_length
+from ampo_fast.packing import group_length, pack_responses, token_runs
 from ampo_fast.rewards import RewardFn, score_groups
 from ampo_fast.rollouts import RolloutEngine, rank_batches, shared_answers
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup
@@ -81,20 +81,10 @@ def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: 
     """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order."""
     if not groups:
         return torch.empty(0)
-    parts, chunk, used = [], [], 0
-    for group in [*groups, None]:
-        length = (
-            0
-            if group is None
-            else packed_length(len(group.prompt_ids), [len(candidate.token_ids) for candidate in group.candidates])
-        )
-        if chunk and (group is None or used + length > max_tokens):
-            batch = pack_responses(chunk, [range(len(g.candidates)) for g in chunk], policy.device)
-            parts.append(policy.token_logp(batch).cpu())
-            chunk, used = [], 0
-        chunk.append(group)
-        used += length
-    return torch.cat(parts)
+    whole = [range(len(group.candidates)) for group in groups]
+    runs = token_runs([group_length(*each) for each in zip(groups, whole, strict=True)], max_tokens)
+    batches = (pack_responses([groups[i] for i in run], [whole[i] for i in run], policy.device) for run in runs)
+    return torch.cat([policy.token_logp(batch).cpu() for batch in batches])
 
 
 def _reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:

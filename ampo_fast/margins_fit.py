@@ -5,10 +5,14 @@ A pair's margin is m = r_w - r_l; its soft target is p = sigmoid(gamma m) (arXiv
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +123,35 @@ def resolve_gamma(params: Mapping[str, Any], margins: Sequence[float], labels: S
     if set(gamma) == {"agreement"} and isinstance(gamma["agreement"], int | float):
         return {**params, "gamma": gamma_for_agreement(margins, float(gamma["agreement"]))}
     raise ValueError(f"loss.params.gamma = {dict(gamma)!r}; use {_HOW}")
+
+
+def fitted_params(params: Mapping[str, Any], normalize: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """loss.params with gamma resolved on the rewards that came with the prompts; normalize: reward.normalize.
+
+    Raises ValueError where a fit is asked for and the rewards did not come with the data, or are rescaled per group
+    (their margins are then not those that were fitted).
+    """
+    given = [replace(p, responses=tuple(r for r in p.responses if r.reward is not None)) for p in prompts]
+    margins, labels = margins_and_labels(given)
+    if not isinstance(params.get("gamma", 1.0), int | float):
+        if not margins:
+            raise ValueError('gamma is fitted on given rewards: it needs data with responses (rollout.engine = "data")')
+        if normalize not in ("auto", "none"):
+            raise ValueError(
+                f'gamma is fitted on the raw rewards, but reward.normalize = {normalize!r}; set it to "none"'
+            )
+    return resolve_gamma(params, margins, labels)
+
+
+def margins_and_labels(groups: Sequence[Prompt]) -> tuple[list[float], list[float]]:
+    """(reward gaps of every two responses, 1 or 0 for pairs with chosen and rejected); labels empty unless all have one."""
+    margins, labels = [], []
+    for group in groups:
+        for first, second in itertools.combinations(group.responses, 2):
+            margins.append(first.reward - second.reward)
+            if first.is_chosen is not None and second.is_chosen is not None:
+                labels.append(float(first.is_chosen))
+    return margins, labels if len(labels) == len(margins) else []
 
 
 def warn_about_scale(gamma: float, margins: Sequence[float]) -> None:

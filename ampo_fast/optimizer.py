@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -48,3 +48,25 @@ def guarded_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm), is_finite
+
+
+_MAX_NONFINITE_STEPS = 3
+
+
+class NonfiniteGuard:
+    """Says which steps guarded_step left out, and ends a run that has nothing else."""
+
+    def __init__(self, way_out: str) -> None:
+        self.way_out = way_out
+        self.count = 0
+        """Steps in a row that were left out; part of a checkpoint."""
+
+    def check(self, is_finite: bool, what: str, note: Callable[[str], None]) -> None:
+        """what: the step and its numbers. Raises ValueError at the third step in a row that was left out."""
+        self.count = 0 if is_finite else self.count + 1
+        if not is_finite:
+            note(f"{what}: update left out")
+        if self.count >= _MAX_NONFINITE_STEPS:
+            raise ValueError(
+                f"{self.count} steps in a row had a non-finite loss or gradient; nothing was trained on them. {self.way_out}"
+            )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,24 @@ from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt, Scor
 def packed_length(prompt_length: int, response_lengths: Sequence[int]) -> int:
     """Tokens fed for one group: a response's last token predicts nothing and is only a target."""
     return prompt_length + sum(max(length - 1, 0) for length in response_lengths)
+
+
+def group_length(group: CandidateGroup, indices: Iterable[int]) -> int:
+    """packed_length of the group with these of its candidates."""
+    return packed_length(len(group.prompt_ids), [len(group.candidates[i].token_ids) for i in indices])
+
+
+def token_runs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in order, cut into runs of at most max_tokens (one item may be longer alone)."""
+    runs: list[list[int]] = []
+    used = 0
+    for i, length in enumerate(lengths):
+        if not runs or used + length > max_tokens:
+            runs.append([])
+            used = 0
+        runs[-1].append(i)
+        used += length
+    return runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +119,7 @@ def group_tokens(group: SelectedGroup, max_tokens: int) -> int:
 
 
 def _part_tokens(group: SelectedGroup, indices: Sequence[int]) -> int:
-    candidates = group.scored.group.candidates
-    return packed_length(len(group.scored.group.prompt_ids), [len(candidates[i].token_ids) for i in indices])
+    return group_length(group.scored.group, indices)
 
 
 def rank_micro_batches(groups: Sequence[SelectedGroup], max_tokens: int, num_ranks: int) -> list[list[MicroBatch]]:

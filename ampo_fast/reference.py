@@ -6,7 +6,6 @@ Not a fast path: the logits of all rows exist, and groups are looped over.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 
@@ -72,17 +71,3 @@ def _side(reward_G: torch.Tensor, split: str) -> torch.Tensor:
     if split == "mean":
         return reward_G > reward_G.mean()
     return torch.arange(reward_G.numel(), device=reward_G.device) == int(reward_G.argmax())
-
-
-def linear_group_loss(
-    hidden_RD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_R: torch.Tensor,
-    response_offsets: torch.Tensor,
-    response_loss: Callable[[torch.Tensor], torch.Tensor],
-    **head: object,
-) -> torch.Tensor:
-    """response_loss(summed log-probs [M]) with whole logits."""
-    logp_R = linear_logprob(hidden_RD, weight_VD, target_R, **head)
-    ends = response_offsets.tolist()
-    return response_loss(torch.stack([logp_R[a:b].sum() for a, b in itertools.pairwise(ends)]))

@@ -24,7 +24,7 @@ from ampo_fast.files import save_tensors, write_atomic
 from ampo_fast.jsonl import dump_line
 from ampo_fast.lora import base_tensors
 from ampo_fast.model import Policy
-from ampo_fast.packing import MicroBatch, idle_batch, kept_candidates, pack_responses, packed_length
+from ampo_fast.packing import MicroBatch, group_length, idle_batch, kept_candidates, pack_responses, token_runs
 from ampo_fast.types import CandidateGroup, PackedBatch, Prompt, SelectedGroup
 
 _Key = tuple[str, int]
@@ -75,8 +75,11 @@ class ReferenceLogps:
         """Computes what is missing of the step's given responses, in forwards of at most optim.micro_batch_tokens."""
         if not self.is_kept:
             return
-        missing = [(g.scored.group, [i for i in kept_candidates(g) if (_id(g), i) not in self._kept]) for g in groups]
-        chunks = _chunks([each for each in missing if each[1]], self.config.optim.micro_batch_tokens)
+        wanted = [(g.scored.group, [i for i in kept_candidates(g) if (_id(g), i) not in self._kept]) for g in groups]
+        missing = [each for each in wanted if each[1]]
+        lengths = [group_length(group, indices) for group, indices in missing]
+        runs = token_runs(lengths, self.config.optim.micro_batch_tokens)
+        chunks = [[missing[i] for i in run] for run in runs]
         num_ranks = distributed.world_size()
         chunks += [[]] * (-len(chunks) % num_ranks)
         mine = [self._score(chunk) for chunk in chunks[distributed.rank() :: num_ranks]]
@@ -183,22 +186,6 @@ def reference_hash(reference: Policy, prompts: Iterable[Prompt], max_new_tokens:
 
 def _id(group: SelectedGroup) -> str:
     return group.scored.group.prompt.id
-
-
-def _chunks(
-    missing: Sequence[tuple[CandidateGroup, list[int]]], max_tokens: int
-) -> list[list[tuple[CandidateGroup, list[int]]]]:
-    """In order, at most max_tokens packed tokens each (a larger group runs alone)."""
-    chunks: list[list[tuple[CandidateGroup, list[int]]]] = []
-    used = 0
-    for group, indices in missing:
-        length = packed_length(len(group.prompt_ids), [len(group.candidates[i].token_ids) for i in indices])
-        if not chunks or used + length > max_tokens:
-            chunks.append([])
-            used = 0
-        chunks[-1].append((group, indices))
-        used += length
-    return chunks
 
 
 def _read(path: Path) -> dict[_Key, _Logp]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from ampo_fast import losses
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder, SentenceEncoder
 from ampo_fast.engine_config import HttpConfig, read_options
@@ -219,17 +220,10 @@ def valid_candidates(
 
 
 def normalizer_for(config: Config) -> str:
-    """reward.normalize, with auto resolved: win_rate for CaPO and for several rewards, whose scales do not compare; minmax
-    for group-contrastive losses, whose exp(alpha r) needs a fixed scale; none for the losses whose signal is the scale
-    itself (margins, ranks)."""
+    """reward.normalize, with auto resolved: win_rate for several rewards, whose scales do not compare; else the loss's own."""
     if config.reward.normalize != "auto":
         return config.reward.normalize
-    if config.loss.name == "CaPO" or len(config.reward.kinds) > 1:
-        return "win_rate"
-    return "minmax" if config.loss.name in _MINMAX_LOSSES else "none"
-
-
-_MINMAX_LOSSES = ("GroupContrastive", "AMPO", "SWEPO", "REFA1vsK", "REFADynamic")
+    return "win_rate" if len(config.reward.kinds) > 1 else losses.loss_class(config.loss.name).default_normalize
 
 
 def normalize_rewards(raw: Sequence[float], valid: Sequence[bool], rule: str) -> tuple[float, ...]:

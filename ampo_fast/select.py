@@ -47,7 +47,7 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     """
     if not scored:
         return []
-    keeps_ties = getattr(getattr(losses, config.loss.name, None), "soft_labels", False)
+    keeps_ties = losses.loss_class(config.loss.name).soft_labels
     if keeps_ties:
         reward_tol = -1.0  # no spread is too small
     sizes = [len(group.valid) for group in scored]

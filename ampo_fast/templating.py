@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from ampo_fast.jsonl import without_nan
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,12 +30,4 @@ def render(template: str, /, **values: Any) -> str:
 
 def script_json(value: Any) -> Markup:
     """JSON to stand inside <script type="application/json">: "<" is escaped, so that no text can end the element."""
-    return Markup(json.dumps(_without_nan(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return Markup(json.dumps(without_nan(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))

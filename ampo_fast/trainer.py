@@ -17,7 +17,7 @@ from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
-from ampo_fast.data import load_prompts
+from ampo_fast.data import load_prompts, settle_disagreements
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
@@ -29,7 +29,6 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
-from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
@@ -102,6 +101,7 @@ class Trainer:
             "num_tokens": 0,
             "best_reward": None,
             "bad_evals": 0,
+            "num_nonfinite": 0,
             "wall_s": 0.0,
         }
         self.step = self._restore() if resume else 0
@@ -306,6 +306,7 @@ class Trainer:
             return 0
         step, path = found[-1]
         self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
+        self.updater.guard.count = self.state.get("num_nonfinite", 0)  # which older checkpoints lack
         if self.updater.reference is not None:
             self.updater.reference.restore(step)
         self._push(step)
@@ -318,6 +319,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.state["spreads"] = self.rounds.spreads_before(self._place(self.step)[0])
+        self.state["num_nonfinite"] = self.updater.guard.count
         self.state["wall_s"] = time.monotonic() - self.started
         with self.progress.phase("checkpoint"):
             if self.updater.reference is not None:

@@ -12,8 +12,9 @@ import torch
 from ampo_fast import distributed, losses
 from ampo_fast.config import Config
 from ampo_fast.losses.stats import Loss
+from ampo_fast.margins_fit import fitted_params
 from ampo_fast.model import Policy
-from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
+from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import (
     MicroBatch,
     count_targets,
@@ -24,7 +25,6 @@ from ampo_fast.packing import (
 )
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.reference_logps import ReferenceLogps
-from ampo_fast.reward_model.data import fitted_params
 from ampo_fast.rewards import normalizer_for
 from ampo_fast.split_groups import GivenGradient, PartLogp, SplitGroup
 from ampo_fast.step_metrics import (
@@ -38,21 +38,14 @@ from ampo_fast.step_metrics import (
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 from ampo_fast.utilisation import utilisation
 
-_MAX_NONFINITE_STEPS = 3
-
 
 def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
     """The loss that loss.name and loss.params name, plus the NLL term where asked for; gamma fitted on given rewards."""
-    classes = {name: getattr(losses, name) for name in losses.__all__}
-    known = [name for name, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Loss)]
-    if config.loss.name not in known or config.loss.name == "Sum":
-        raise ValueError(
-            f"loss.name = {config.loss.name!r}; known: {', '.join(name for name in known if name != 'Sum')}"
-        )
-    # CaPO's win rates are those against all candidates, which the loss never sees.
-    implied = {"calibrated": True} if config.loss.name == "CaPO" and normalizer_for(config) == "win_rate" else {}
+    kind, params = losses.loss_class(config.loss.name), config.loss.params
     try:
-        loss = classes[config.loss.name](**implied | fitted_params(config.loss, config.reward.normalize, prompts))
+        if kind.fits_gamma:
+            params = fitted_params(params, config.reward.normalize, prompts)
+        loss = kind(**kind.implied_params(normalizer_for(config)) | params)
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error
     if config.loss.nll_weight:
@@ -72,7 +65,7 @@ class Updater:
         if self.loss_fn.uses_reference:
             self.reference = ReferenceLogps(config, policy, prompts, by_token=self.loss_fn.needs_reference_rows)
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
-        self._num_nonfinite = 0
+        self.guard = NonfiniteGuard("Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/")
 
     @property
     def fitted_gamma(self) -> float | None:
@@ -107,7 +100,7 @@ class Updater:
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
         if self.reference is not None:
             self.reference.follow(self.policy, step + 1)
-        self._guard(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress)
+        self.guard.check(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress.note)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["num_tokens"] = int(sums[1].item())
         metrics |= sharing_metrics(plans)
@@ -221,13 +214,3 @@ class Updater:
                 f"ranks share the parameters ({str(error).splitlines()[0]}). What was held: {snapshot}, for "
                 "https://pytorch.org/memory_viz"
             ) from error
-
-    def _guard(self, is_finite: bool, what: str, progress: TrainingProgress) -> None:
-        self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
-        if not is_finite:
-            progress.note(f"{what}: update left out")
-        if self._num_nonfinite == _MAX_NONFINITE_STEPS:
-            raise ValueError(
-                f"{_MAX_NONFINITE_STEPS} steps in a row had a non-finite loss or gradient; nothing was trained on them. "
-                "Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/"
-            )

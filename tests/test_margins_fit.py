@@ -2,10 +2,25 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
+from builders import prompt
 
-from ampo_fast.margins_fit import fit_gamma, gamma_for_agreement, mean_target, resolve_gamma
+from ampo_fast.margins_fit import (
+    fit_gamma,
+    fitted_params,
+    gamma_for_agreement,
+    margins_and_labels,
+    mean_target,
+    resolve_gamma,
+)
+from ampo_fast.types import GivenResponse
+
+
+def group(rewards, chosen):
+    given = zip(rewards, chosen, strict=True)
+    return replace(prompt(), responses=tuple(GivenResponse(content="x", reward=r, is_chosen=c) for r, c in given))
 
 
 def test_fit_of_one_margin_is_its_log_odds():
@@ -67,6 +82,23 @@ def test_params_name_the_way(caplog):
         resolve_gamma({"gamma": {"fit": "labels"}}, [1.0], [])
     with pytest.raises(ValueError, match=r"'fit': 'scores'.*use a number"):
         resolve_gamma({"gamma": {"fit": "scores"}}, [1.0], [])
+
+
+def test_labels_count_only_where_every_pair_has_one():
+    labelled = group([0.9, 0.2], [True, False])
+    assert margins_and_labels([labelled]) == ([pytest.approx(0.7)], [1.0])
+    assert margins_and_labels([labelled, group([1.0, 0.0], [None, None])])[1] == []
+
+
+def test_a_policys_gamma_is_fitted_on_the_given_rewards_and_on_raw_ones_alone():
+    groups = [group([1.0, None, 0.0], [None] * 3)]
+    fit = {"gamma": {"agreement": 0.75}, "beta": 0.1}
+    assert fitted_params(fit, "auto", groups) == {"gamma": pytest.approx(math.log(3)), "beta": 0.1}
+    with pytest.raises(ValueError, match=r"reward\.normalize = 'minmax'; set it to \"none\""):
+        fitted_params(fit, "minmax", groups)
+    with pytest.raises(ValueError, match=r'needs data with responses \(rollout\.engine = "data"\)'):
+        fitted_params(fit, "auto", [prompt()])
+    assert fitted_params({"gamma": 2.0}, "minmax", [prompt()]) == {"gamma": 2.0}
 
 
 @pytest.mark.parametrize(("gamma", "words"), [(100.0, "hard labels"), (1e-3, "coin tosses")])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ampo_fast.config import OptimConfig
-from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
+from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
 
 
 def test_schedule_warms_up_then_falls_as_a_cosine():
@@ -44,3 +44,14 @@ def test_a_finite_step_is_clipped_and_taken():
     assert taken
     assert norm == pytest.approx(50.0)
     torch.testing.assert_close(weight.detach(), torch.full((2,), 0.9), atol=1e-3, rtol=0)
+
+
+def test_three_non_finite_steps_in_a_row_end_the_run_and_each_is_noted():
+    guard, notes = NonfiniteGuard("Lower optim.lr."), []
+    for step, is_finite in enumerate([False, False, True, False, False]):
+        guard.check(is_finite, f"step {step}: loss nan", notes.append)
+    assert notes == [f"step {step}: loss nan: update left out" for step in (0, 1, 3, 4)]
+    resumed = NonfiniteGuard("Lower optim.lr.")
+    resumed.count = guard.count
+    with pytest.raises(ValueError, match=r"3 steps in a row .* nothing was trained on them\. Lower optim\.lr\."):
+        resumed.check(False, "step 5: loss nan", notes.append)

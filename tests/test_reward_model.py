@@ -8,7 +8,7 @@ import torch
 from builders import prompt
 
 from ampo_fast.reward_model.config import RewardModelConfig
-from ampo_fast.reward_model.model import RewardModel, token_batches
+from ampo_fast.reward_model.model import RewardModel
 from ampo_fast.types import GivenResponse, Prompt
 
 TEXTS = (("yes.", "yes indeed, and why not?"), ("no", "never ever", "no"), ("a" * 40, "b"))
@@ -196,8 +196,3 @@ def test_a_classifier_of_several_classes_is_refused(tiny_model, tmp_path):
 def test_more_tokens_than_positions_are_refused(tiny_bert):
     with pytest.raises(ValueError, match=r"max_tokens = 129, but it has 128 positions"):
         RewardModel.load(RewardModelConfig(path=str(tiny_bert)), max_tokens=129, seed=0)
-
-
-def test_token_batches_hold_whole_items():
-    assert token_batches([3, 3, 3, 9, 1], 6) == [[0, 1], [2], [3], [4]]
-    assert token_batches([], 6) == []

@@ -75,6 +75,8 @@ def test_several_rewards_are_normalised_one_by_one_and_averaged():
     [
         ("CaPO", "relevance", "win_rate"),
         ("AMPO", "relevance", "minmax"),
+        ("GroupContrastive", "relevance", "minmax"),
+        ("REFADynamic", "relevance", "minmax"),
         ("AMPO", ["relevance", "m:f"], "win_rate"),
         ("MMPO", "relevance", "none"),
     ],
@@ -83,6 +85,11 @@ def test_the_automatic_rule_goes_by_the_loss_and_the_number_of_rewards(loss, kin
     settings = config(loss={"name": loss}, reward={"kind": kind})
     assert normalizer_for(settings) == rule
     assert normalizer_for(config(loss={"name": loss}, reward={"kind": kind, "normalize": "zscore"})) == "zscore"
+
+
+def test_the_automatic_rule_of_a_loss_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match=r"loss\.name = 'AMPOO'; known: AMPO, "):
+        normalizer_for(config(loss={"name": "AMPOO"}))
 
 
 def test_empty_duplicate_and_unscored_candidates_are_invalid():

@@ -187,6 +187,16 @@ def test_offline_training_from_multi_response_data(tiny_model, tmp_path):
     assert sum(row["group/invalid"] for row in rows) == 2
 
 
+def test_a_resumed_run_goes_on_counting_steps_without_a_finite_loss(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ampo_fast.update.guarded_step", lambda *_: (float("nan"), False))
+    path = write_run(tmp_path, tiny_model, eval={"every": 0, "prompts": 0})
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="3 steps in a row"):
+            train(load_config(str(path)), resume=resume)
+    noted = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "update left out" in line]
+    assert noted == ["step 1", "step 2", "step 3", "step 3"]  # saved at step 2, with two in a row
+
+
 def test_an_unknown_loss_and_a_wrong_field_are_named(tiny_model, tmp_path):
     path = write_run(tmp_path, tiny_model)
     with pytest.raises(ValueError, match=r"loss\.name.*AMPO"):

@@ -171,6 +171,18 @@ def test_compiled_layers_give_the_same_gradients_and_every_batch_the_same_progra
     assert len(set(num_programs)) == 1
 
 
+def test_steps_without_a_finite_loss_are_left_out_noted_and_end_the_run(tiny_model, capsys):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    with torch.no_grad():
+        policy.head.weight[0, 0] = torch.nan
+    updater, progress = Updater(config(), policy), TrainingProgress(9)
+    for step in range(2):
+        updater.step([selected(0, [3, 4])], step, progress, False)
+    assert capsys.readouterr().err.count("loss nan, gradient norm nan: update left out") == 2
+    with pytest.raises(ValueError, match=r"3 steps in a row.*optim\.lr or loss\.params\.beta.*rollouts/"):
+        updater.step([selected(0, [3, 4])], 2, progress, False)
+
+
 def count_calls(policy):
     """Grows by one whenever the first block's MLP runs."""
     calls = []

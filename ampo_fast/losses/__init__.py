@@ -17,7 +17,7 @@ from ampo_fast.losses.listwise import NCA, InfoNCA, LambdaPO, PlackettLuce, REFA
 from ampo_fast.losses.margins import BMC, DPOPCRM, MMDPO, MMPO, CaPO
 from ampo_fast.losses.pairwise import CDPO, DPO, IPO, RDPO, Hinge, NCAPair, RobustDPO
 from ampo_fast.losses.reference_free import CPO, ORPO, SimPO
-from ampo_fast.losses.stats import LossOutput, ResponseStats
+from ampo_fast.losses.stats import Loss, LossOutput, ResponseStats
 
 __all__ = [
     "AMPO",
@@ -52,3 +52,12 @@ __all__ = [
     "Sum",
     "group_contrastive_loss",
 ]
+
+
+def loss_class(name: str) -> type[Loss]:
+    """The loss that loss.name names. Raises ValueError, naming the known ones."""
+    classes = {each: globals()[each] for each in __all__ if each != "Sum"}  # which is made by loss.nll_weight
+    known = {each: kind for each, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Loss)}
+    if name not in known:
+        raise ValueError(f"loss.name = {name!r}; known: {', '.join(known)}")
+    return known[name]

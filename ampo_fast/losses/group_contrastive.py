@@ -56,6 +56,8 @@ class GroupContrastive(Loss):
     eos_lambda: float = 0.0
     eos_budget: int | None = None
 
+    default_normalize: ClassVar[str] = "minmax"  # exp(alpha r) needs a fixed scale
+
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)

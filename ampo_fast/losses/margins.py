@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -24,6 +24,7 @@ class MMPO(PairwiseLoss):
     gamma: float = 2.2
 
     soft_labels: ClassVar[bool] = True
+    fits_gamma: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +69,12 @@ class CaPO(PairwiseLoss):
     calibrated: bool = False
 
     soft_labels: ClassVar[bool] = True
+    default_normalize: ClassVar[str] = "win_rate"
+
+    @classmethod
+    def implied_params(cls, normalize: str) -> dict[str, Any]:
+        # These win rates are against all candidates, which the loss never sees.
+        return {"calibrated": True} if normalize == "win_rate" else {}
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
         given_BG = view.reward_BG if self.calibrated else calibrated_reward(view.reward_BG, view.groups.mask_BG)

@@ -97,8 +97,6 @@ class PairwiseLoss(Loss):
     beta: float = 0.1
     pairs: str = "all"
 
-    soft_labels: ClassVar[bool] = False
-    """Whether pairs of equal reward carry a label too (1/2) and are kept."""
     uses_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ampo_fast.losses.listwise import plackett_luce
+from ampo_fast.losses import listwise
 from ampo_fast.losses.margins import length_similarity, prior_bound
 from ampo_fast.losses.pairs import gap, mean_over_pairs, preferred_pairs, soft_label_loss
 from ampo_fast.losses.stats import Groups, LossOutput, check_positive, mean_output
@@ -36,6 +36,13 @@ class RewardLoss:
     similarity: [B, G, G] in [0, 1], or one per group [B] for groups of two; PCRM alone reads it (and length_M without).
     Raises ValueError for shapes or offsets that do not fit and, on a CPU, NaN or infinite scores or rewards.
     """
+
+    soft_labels: ClassVar[bool] = False
+    """Whether pairs of equal reward carry a label too (1/2) and are kept."""
+    reads_margins: ClassVar[bool] = False
+    """Whether it reads how large a pair's reward margin is, not only its sign."""
+    needs_similarity: ClassVar[bool] = False
+    """Whether the trainer should give it `similarity`."""
 
     def __call__(
         self,
@@ -87,8 +94,6 @@ class _PairReward(RewardLoss):
 
     pairs: str = "all"
 
-    soft_labels: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_choice("pairs", self.pairs, ("all", "best_vs_rest"))
 
@@ -120,6 +125,7 @@ class MMPOReward(_PairReward):
     gamma: float = 1.0
 
     soft_labels: ClassVar[bool] = True
+    reads_margins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +138,8 @@ class MMPOReward(_PairReward):
 @dataclass(frozen=True, kw_only=True)
 class MarginBT(_PairReward):
     """-log sigmoid(s_w - s_l - (r_w - r_l)): the score gap must pass the reward gap (arXiv 2307.09288, eq. 2)."""
+
+    reads_margins: ClassVar[bool] = True
 
     def pair_terms(self, view: ScoredView) -> torch.Tensor:
         return -logsigmoid(gap(view.score_BG) - gap(view.reward_BG))
@@ -147,6 +155,8 @@ class PCRM(_PairReward):
     beta1: float = 6.0
     beta2: float = 1e-3
     beta3: float = 0.0
+
+    needs_similarity: ClassVar[bool] = True
 
     def pair_terms(self, view: ScoredView) -> torch.Tensor:
         similarity_BGG = view.similarity_BGG
@@ -166,4 +176,20 @@ class Listwise(RewardLoss):
     def _output(self, view: ScoredView) -> LossOutput:
         if view.score_BG.numel() == 0:
             return mean_output(view.score_BG.sum(1))
-        return mean_output(plackett_luce(view.score_BG, view.reward_BG, view.groups.mask_BG))
+        return mean_output(listwise.plackett_luce(view.score_BG, view.reward_BG, view.groups.mask_BG))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoNCA(RewardLoss):
+    """-sum_i softmax(r / temperature)_i log softmax(score)_i: InfoNCA's targets on scores (arXiv 2402.05369)."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+
+    def _output(self, view: ScoredView) -> LossOutput:
+        if view.score_BG.numel() == 0:
+            return mean_output(view.score_BG.sum(1))
+        loss = listwise.InfoNCA(temperature=self.temperature)
+        return mean_output(loss.group_terms(view.score_BG, view.reward_BG, view.groups))

@@ -6,7 +6,7 @@ Shapes: R rows, M responses, B groups, G the largest group.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -62,6 +62,17 @@ class Loss:
     """Whether its published form divides by a reference policy."""
     needs_reference_rows: ClassVar[bool] = False
     """Whether it wants the reference's log-probs token by token (ref_logp_R), not only summed."""
+    soft_labels: ClassVar[bool] = False
+    """Whether responses of equal reward carry a label too (1/2) and are trained on."""
+    default_normalize: ClassVar[str] = "none"
+    """What reward.normalize = "auto" is for it; "none" where the scale of the rewards is the signal (margins, ranks)."""
+    fits_gamma: ClassVar[bool] = False
+    """Whether its gamma is a slope on raw reward margins, which can be fitted on the data (margins_fit)."""
+
+    @classmethod
+    def implied_params(cls, normalize: str) -> dict[str, Any]:
+        """Fields that follow from the rule by which the rewards were normalised."""
+        return {}
 
 
 class Groups:

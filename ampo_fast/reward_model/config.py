@@ -65,7 +65,7 @@ class RewardModelConfig(ModelConfig):
 
 class RewardLossConfig(Section):
     name: Literal["BradleyTerry", "MMPOReward", "MarginBT", "PCRM", "Listwise", "InfoNCA"] = Field(
-        "BradleyTerry", description="Of ampo_fast.losses.reward_model; InfoNCA: its targets on scores."
+        "BradleyTerry", description="Of ampo_fast.losses.reward_model."
     )
     params: dict[str, Any] = Field(
         default_factory=dict,

@@ -11,18 +11,14 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from ampo_fast.config import LossConfig
-from ampo_fast.data import load_prompts
-from ampo_fast.margins_fit import resolve_gamma
+from ampo_fast.data import load_prompts, settle_disagreements
+from ampo_fast.losses.reward_model import RewardLoss
+from ampo_fast.margins_fit import margins_and_labels
 from ampo_fast.reward_model.config import RewardDataConfig
 from ampo_fast.types import GivenResponse, Prompt
 
 log = logging.getLogger(__name__)
-
-MARGIN_LOSSES = ("MMPOReward", "MMPO", "MarginBT", "MMDPO", "CaPO")
-"""Losses that read how large a margin is, not only its sign."""
 
 
 def load_groups(config: RewardDataConfig, field: str = "data.train") -> list[Prompt]:
@@ -54,27 +50,6 @@ def scored_only(groups: Sequence[Prompt], max_share: float, field: str) -> list[
     if missing:
         log.warning("%s: left out %d of %d responses without a finite score", field, len(missing), total)
     return [replace(g, responses=tuple(r for r in g.responses if r.reward is not None)) for g in groups]
-
-
-def disagreeing(group: Prompt) -> bool:
-    """Whether the chosen response of a pair has the lower score."""
-    chosen = [r.reward for r in group.responses if r.is_chosen]
-    rejected = [r.reward for r in group.responses if r.is_chosen is False]
-    return bool(chosen and rejected) and chosen[0] < rejected[0]
-
-
-def settle_disagreements(groups: Sequence[Prompt], rule: str, field: str) -> list[Prompt]:
-    """Pairs whose label and scores disagree: "raise", trust the "scores", or "drop"; counted."""
-    wrong = [group.id for group in groups if disagreeing(group)]
-    if wrong and rule == "raise":
-        raise ValueError(
-            f"{field}: the chosen response scores below the rejected one in {len(wrong)} of {len(groups)} pairs "
-            f'({", ".join(wrong[:5])}{", ..." if len(wrong) > 5 else ""}); set data.disagreement to "scores" to trust '
-            'the scores, or to "drop", or correct the rows'
-        )
-    if wrong:
-        log.warning("%s: labels and scores disagree in %d of %d pairs: %s", field, len(wrong), len(groups), rule)
-    return [g for g in groups if not disagreeing(g)] if rule == "drop" else list(groups)
 
 
 def by_prompt(groups: Sequence[Prompt]) -> list[Prompt]:
@@ -115,46 +90,15 @@ def hold_out(groups: Sequence[Prompt], share: float, seed: int) -> tuple[list[Pr
     )
 
 
-def margins_and_labels(groups: Sequence[Prompt]) -> tuple[list[float], list[float]]:
-    """(reward gaps of every two responses, 1 or 0 for pairs with chosen and rejected); labels empty unless all have one."""
-    margins, labels = [], []
-    for group in groups:
-        for first, second in itertools.combinations(group.responses, 2):
-            margins.append(first.reward - second.reward)
-            if first.is_chosen is not None and second.is_chosen is not None:
-                labels.append(float(first.is_chosen))
-    return margins, labels if len(labels) == len(margins) else []
-
-
-def check_margins(groups: Sequence[Prompt], loss_name: str) -> None:
+def check_margins(groups: Sequence[Prompt], loss: type[RewardLoss]) -> None:
     """Refuses data that the loss can learn nothing from: all scores equal, or, for a margin loss, all margins alike."""
     sizes = {abs(margin) for margin in margins_and_labels(groups)[0]}
-    if sizes == {0.0} and loss_name != "MMPOReward":
+    if sizes == {0.0} and not loss.soft_labels:
         raise ValueError(
-            f"every pair has equal scores: loss.name = {loss_name!r} learns nothing from ties (MMPOReward takes 1/2)"
+            f"every pair has equal scores: loss.name = {loss.__name__!r} learns nothing from ties (MMPOReward takes 1/2)"
         )
-    if loss_name in MARGIN_LOSSES and len(sizes) == 1:
+    if loss.reads_margins and len(sizes) == 1:
         raise ValueError(
-            f"loss.name = {loss_name!r} reads margins, and every margin here is {sizes.pop()} (pairs without scores have "
-            "1): it would be label smoothing only; give scores, or use BradleyTerry"
+            f"loss.name = {loss.__name__!r} reads margins, and every margin here is {sizes.pop()} (pairs without scores "
+            "have 1): it would be label smoothing only; give scores, or use BradleyTerry"
         )
-
-
-def fitted_params(config: LossConfig, normalize: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """loss.params for `ampo-fast train`: MMPO's gamma resolved on the rewards that came with the prompts.
-
-    Raises ValueError where a fit is asked for and the rewards did not come with the data, or are rescaled per group
-    (their margins are then not those that were fitted).
-    """
-    if config.name != "MMPO":
-        return config.params
-    given = [replace(p, responses=tuple(r for r in p.responses if r.reward is not None)) for p in prompts]
-    margins, labels = margins_and_labels(given)
-    if not isinstance(config.params.get("gamma", 1.0), int | float):
-        if not margins:
-            raise ValueError('gamma is fitted on given rewards: it needs data with responses (rollout.engine = "data")')
-        if normalize not in ("auto", "none"):
-            raise ValueError(
-                f'gamma is fitted on the raw rewards, but reward.normalize = {normalize!r}; set it to "none"'
-            )
-    return resolve_gamma(config.params, margins, labels)

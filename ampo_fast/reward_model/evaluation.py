@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ampo_fast.jsonl import without_nan
 from ampo_fast.reward_model.calibration import (
     best_of_n_regret,
     brier_score,
@@ -113,7 +114,7 @@ def evaluate_scores(groups: Sequence[Prompt], scores: Sequence[Sequence[float]])
          "interval": list(b.interval)}
         for b in reliability(sigmoid(table.gap_n)) if b.count
     ]  # fmt: skip
-    return _without_nan(result | group_measures(groups, scores))
+    return without_nan(result | group_measures(groups, scores))
 
 
 def _by_margin(table: PairTable) -> list[dict[str, Any]]:
@@ -172,11 +173,3 @@ def group_measures(groups: Sequence[Prompt], scores: Sequence[Sequence[float]]) 
 
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

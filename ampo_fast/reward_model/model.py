@@ -19,6 +19,7 @@ from ampo_fast import attention
 from ampo_fast.assets import resolve_model
 from ampo_fast.files import apply_umask
 from ampo_fast.model import attention_implementation
+from ampo_fast.packing import token_runs
 from ampo_fast.reward_model.classifier_settings import check_missing, check_outputs, cut_blocks, token_limit
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
@@ -119,7 +120,7 @@ class RewardModel(nn.Module):
         """[N] float32 on the CPU for each group; groups of like length run together."""
         order = sorted(range(len(groups)), key=lambda i: groups[i].packed_tokens)
         found: dict[int, torch.Tensor] = {}
-        for chunk in token_batches([groups[i].packed_tokens for i in order], max_tokens):
+        for chunk in token_runs([groups[i].packed_tokens for i in order], max_tokens):
             batch = [groups[order[i]] for i in chunk]
             parts = self(batch).cpu().split([len(group.ids) for group in batch])
             found |= {order[i]: part for i, part in zip(chunk, parts, strict=True)}
@@ -270,19 +271,6 @@ def _compare_scores(ours: RewardModel, reloaded: Any, sample: Sequence[EncodedGr
     if ours.compute_dtype == torch.float32 and gap > 1e-3 * max(1.0, mine.abs().max().item()):
         raise RuntimeError(f"the reward model exported to {directory} scores differently: by up to {gap:.3g}")
     return gap
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in order, cut into runs of at most max_tokens (one item may be longer alone)."""
-    batches: list[list[int]] = []
-    used = 0
-    for i, length in enumerate(lengths):
-        if not batches or used + length > max_tokens:
-            batches.append([])
-            used = 0
-        batches[-1].append(i)
-        used += length
-    return batches
 
 
 def _like_lengths(rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

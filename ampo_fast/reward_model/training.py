@@ -15,29 +15,29 @@ from typing import Any
 
 import torch
 
-from ampo_fast import losses
 from ampo_fast.files import write_json
-from ampo_fast.losses import ResponseStats, reward_model
+from ampo_fast.losses import LossOutput, reward_model
+from ampo_fast.losses.reward_model import RewardLoss
 from ampo_fast.losses.token_diff import divergent_similarity
-from ampo_fast.margins_fit import fit_slope, resolve_gamma
+from ampo_fast.margins_fit import fit_slope, margins_and_labels, resolve_gamma
 from ampo_fast.metrics import MetricsLog
 from ampo_fast.model_card import versions
-from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
+from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
+from ampo_fast.packing import token_runs
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report.reward_page import write_reward_report
 from ampo_fast.reward_model.checkpoint import load_checkpoint, save_checkpoint
 from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
-from ampo_fast.reward_model.data import check_margins, hold_out, load_groups, margins_and_labels
+from ampo_fast.reward_model.data import check_margins, hold_out, load_groups
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
-from ampo_fast.reward_model.model import EncodedGroup, RewardModel, token_batches
+from ampo_fast.reward_model.model import EncodedGroup, RewardModel
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
 
 _NUM_COMPARED = 8
-_MAX_NONFINITE_STEPS = 3
 
 
 def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str, Any]:
@@ -85,12 +85,12 @@ class RewardTrainer:
         self.run_dir = open_run_dir(config, resume=resume, folders=())
         write_json(self.run_dir / "versions.json", versions())
         self.best: dict[str, Any] = {}
-        self.num_nonfinite = 0
+        self.guard = NonfiniteGuard("Lower optim.lr, and look at the scores in the data")
         self.step = 0
         found = load_checkpoint(self.run_dir, self.model, self.optimizer) if resume else None
         if found:
             self.best, state = found
-            self.step, self.num_nonfinite = state["step"], state["num_nonfinite"]
+            self.step, self.guard.count = state["step"], state["num_nonfinite"]
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -158,32 +158,27 @@ class RewardTrainer:
                     sums[key] = sums.get(key, 0.0) + float(value)
         with self.progress.phase("optimizer"):
             grad_norm, is_finite = guarded_step(self.optimizer, total, lr, config.max_grad_norm)
-        self._guard(is_finite, step)
+        self.guard.check(
+            is_finite, f"step {step + 1}: loss {total.item()}, gradient norm {grad_norm}", self.progress.note
+        )
         metrics = {"loss": total.item(), "grad_norm": grad_norm, "learning_rate": lr}
         metrics["epoch"] = (step + 1) * self.config.run.epochs / self.num_steps
-        judged = sums.get("pairs", 0.0) - sums.get("pairs_equal", 0.0) * getattr(self.loss_fn, "soft_labels", False)
+        judged = sums.get("pairs", 0.0) - sums.get("pairs_equal", 0.0) * self.loss_fn.soft_labels
         if judged:
             metrics["accuracy"] = sums["pairs_right"] / judged
         self.metrics.log(step + 1, metrics | {"time/step": sum(self.progress.phase_s.values())})
         self.progress.step_done(step + 1, metrics)
 
-    def _loss(self, score_M: torch.Tensor, items: Sequence[Item], with_length: bool = True) -> losses.LossOutput:
+    def _loss(self, score_M: torch.Tensor, items: Sequence[Item]) -> LossOutput:
         reward_M = torch.tensor([r for item in items for r in item.rewards], device=score_M.device)
         length_M = torch.tensor([n for item in items for n in item.lengths], device=score_M.device)
-        if with_length and self.length_weight:
+        if self.length_weight:
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
         more = {}
-        if isinstance(self.loss_fn, reward_model.PCRM):
+        if self.loss_fn.needs_similarity:
             more["similarity"] = divergent_similarity([item.encoded.ids for item in items]).to(score_M.device)
         return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
-
-    def _guard(self, is_finite: bool, step: int) -> None:
-        self.num_nonfinite = 0 if is_finite else self.num_nonfinite + 1
-        if self.num_nonfinite == _MAX_NONFINITE_STEPS:
-            raise ValueError(
-                f"{_MAX_NONFINITE_STEPS} steps up to step {step + 1} had a non-finite loss or gradient; lower optim.lr"
-            )
 
     # --- evaluation and end -------------------------------------------------------------------------------------------
 
@@ -206,7 +201,7 @@ class RewardTrainer:
             self.best = {"value": value, "step": step, "weights": trained, "since": 0}
         else:
             self.best["since"] += 1
-        state = {"step": step, "num_nonfinite": self.num_nonfinite}
+        state = {"step": step, "num_nonfinite": self.guard.count}
         save_checkpoint(self.run_dir, self.model, self.optimizer, self.best, state)
 
     def _why_stop(self) -> str | None:
@@ -253,30 +248,17 @@ def _groups(config: RewardTrainingConfig) -> tuple[list[Prompt], list[Prompt]]:
         train, held = hold_out(groups, config.data.eval_share, config.run.seed)
     else:
         train, held = groups, load_groups(config.data, "data.eval")
-    check_margins(train, config.loss.name)
+    check_margins(train, getattr(reward_model, config.loss.name))
     return train, held
 
 
-def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[Any, float | None]:
+def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[RewardLoss, float | None]:
     """(the loss that loss.name and loss.params name, its gamma where it has one, fitted on the groups where asked for)."""
     try:
-        if config.name == "InfoNCA":
-            return ScoreInfoNCA(**config.params), None
-        params = resolve_gamma(config.params, *margins_and_labels(groups))
-        loss = getattr(reward_model, config.name)(**params)
+        loss = getattr(reward_model, config.name)(**resolve_gamma(config.params, *margins_and_labels(groups)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.params!r}: {error}") from error
     return loss, getattr(loss, "gamma", None)
-
-
-class ScoreInfoNCA:
-    """-sum_i softmax(r / temperature)_i log softmax(score)_i (InfoNCA's targets on scores; arXiv 2402.05369)."""
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        self._loss = losses.InfoNCA(beta=1.0, temperature=temperature)
-
-    def __call__(self, score_M, reward_M, group_offsets, *, length_M=None) -> losses.LossOutput:
-        return self._loss(ResponseStats(score_M, torch.ones_like(score_M), reward_M, group_offsets))
 
 
 def fit_length_weight(items: Sequence[Item]) -> float:
@@ -297,7 +279,7 @@ def fit_length_weight(items: Sequence[Item]) -> float:
 def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
     """Whole groups, like lengths together: little padding, and at most max_tokens each (a longer group runs alone)."""
     order = sorted(items, key=lambda item: item.encoded.packed_tokens)
-    return [[order[i] for i in chunk] for chunk in token_batches([i.encoded.packed_tokens for i in order], max_tokens)]
+    return [[order[i] for i in chunk] for chunk in token_runs([i.encoded.packed_tokens for i in order], max_tokens)]
 
 
 def _eval_steps(per_epoch: int, config: RewardTrainingConfig) -> set[int]:

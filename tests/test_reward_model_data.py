@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders import prompt
 
+from ampo_fast.losses.reward_model import BradleyTerry, MMPOReward
 from ampo_fast.reward_model.config import RewardDataConfig
 from ampo_fast.reward_model.data import (
     by_prompt,
@@ -15,7 +16,6 @@ from ampo_fast.reward_model.data import (
     conversation_key,
     hold_out,
     load_groups,
-    margins_and_labels,
 )
 from ampo_fast.types import GivenResponse, Prompt
 
@@ -86,11 +86,13 @@ def test_missing_scores_are_left_out_until_they_are_too_many(tmp_path):
 def test_equal_scores_and_constant_margins_are_refused_where_nothing_can_be_learnt():
     ties = [group([1.0, 1.0]), group([2.0, 2.0])]
     with pytest.raises(ValueError, match=r"equal scores.*BradleyTerry.*MMPOReward takes 1/2"):
-        check_margins(ties, "BradleyTerry")
+        check_margins(ties, BradleyTerry)
     with pytest.raises(ValueError, match=r"every margin here is 1\.0.*label smoothing"):
-        check_margins([group([1.0, 0.0]), group([0.0, 1.0])], "MMPOReward")
-    check_margins([group([1.0, 0.0]), group([0.0, 1.0])], "BradleyTerry")
-    check_margins([group([1.0, 0.5]), group([1.0, 1.0])], "MMPOReward")
+        check_margins([group([1.0, 0.0]), group([0.0, 1.0])], MMPOReward)
+    check_margins([group([1.0, 0.0]), group([0.0, 1.0])], BradleyTerry)
+    check_margins([group([1.0, 0.5]), group([1.0, 1.0])], MMPOReward)
+    with pytest.raises(ValueError, match=r"every margin here is 0\.0"):
+        check_margins(ties, MMPOReward)
 
 
 def test_a_prompts_pairs_become_one_group():
@@ -113,11 +115,6 @@ def test_prompts_are_held_out_whole_whatever_the_order():
     )
     with pytest.raises(ValueError, match="one prompt"):
         hold_out(rows[:1], 0.4, 0)
-
-
-def test_labels_count_only_where_every_pair_has_one():
-    assert margins_and_labels([group([0.9, 0.2], [True, False])]) == ([pytest.approx(0.7)], [1.0])
-    assert margins_and_labels([group([0.9, 0.2], [True, False]), group([1.0, 0.0])])[1] == []
 
 
 @pytest.mark.skipif("AMPO_FAST_DATA" not in os.environ, reason="needs the directory that AMPO_FAST_DATA names")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ampo_fast.losses.reward_model import PCRM, BradleyTerry, Listwise, MarginBT, MMPOReward
+from ampo_fast.losses.reward_model import PCRM, BradleyTerry, InfoNCA, Listwise, MarginBT, MMPOReward
 
 F64 = torch.float64
 SCORE = [1.2, -0.3, 0.4]
@@ -60,7 +60,15 @@ def test_listwise_is_plackett_luce():
     assert call(Listwise()).loss.item() == pytest.approx(expected, abs=1e-13)
 
 
-@pytest.mark.parametrize("loss", [BradleyTerry(), MMPOReward(gamma=1.0), MarginBT(), Listwise(), PCRM()])
+def test_infonca_is_the_cross_entropy_to_the_rewards_softmax():
+    target = torch.softmax(torch.tensor(REWARD, dtype=F64) / 0.5, 0)
+    expected = -(target * torch.log_softmax(torch.tensor(SCORE, dtype=F64), 0)).sum()
+    assert call(InfoNCA(temperature=0.5)).loss.item() == pytest.approx(expected.item(), abs=1e-13)
+    with pytest.raises(ValueError, match="temperature = 0"):
+        InfoNCA(temperature=0)
+
+
+@pytest.mark.parametrize("loss", [BradleyTerry(), MMPOReward(gamma=1.0), MarginBT(), Listwise(), InfoNCA(), PCRM()])
 def test_gradients_are_exact_over_ragged_groups(loss):
     reward, offsets = torch.tensor([0.3, 0.9, 0.5, 0.1, 0.7, 0.2], dtype=F64), torch.tensor([0, 2, 2, 5, 6])
     score = torch.tensor([0.1, -0.4, 1.3, 0.8, -0.2, 0.5], dtype=F64, requires_grad=True)

@@ -12,13 +12,13 @@ from runs import of_other_modes
 from ampo_fast import cli
 from ampo_fast.config import build_config
 from ampo_fast.metrics import read_metrics
+from ampo_fast.reward_model import training
 from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
 from ampo_fast.reward_model.data import conversation_key
 from ampo_fast.reward_model.model import EncodedGroup
 from ampo_fast.reward_model.training import (
     Item,
     RewardTrainer,
-    ScoreInfoNCA,
     fit_length_weight,
     make_reward_loss,
     train_reward,
@@ -190,13 +190,6 @@ def test_the_length_weight_is_the_log_odds_by_hand(tiny_model):
         fit_length_weight(items[:3])
 
 
-def test_infonca_on_scores_by_hand():
-    loss = ScoreInfoNCA(temperature=0.5)
-    score, reward = torch.tensor([0.3, -0.2]), torch.tensor([1.0, 0.0])
-    expected = -(torch.softmax(reward / 0.5, 0) * torch.log_softmax(score, 0)).sum()
-    assert loss(score, reward, torch.tensor([0, 2])).loss.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
 @pytest.mark.parametrize("name", ["BradleyTerry", "InfoNCA"])
 def test_wrong_params_are_named(name):
     with pytest.raises(ValueError, match=r"loss\.params = \{'betta': 1\}"):
@@ -253,6 +246,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monke
     (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         train_reward(config, resume=True)
+
+
+def test_a_step_without_a_finite_loss_is_noted_and_the_third_ends_the_run(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "guarded_step", lambda *_: (float("nan"), False))
+    with pytest.raises(ValueError, match=r"3 steps in a row.*Lower optim\.lr"):
+        train_reward(settings(tmp_path, tiny_model))
+    noted = [line for line in capsys.readouterr().err.splitlines() if "gradient norm nan: update left out" in line]
+    assert [line.split(":")[0] for line in noted] == ["step 1", "step 2", "step 3"]
 
 
 def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):
