@@ -10,7 +10,7 @@ import torch
 
 from ampo_fast.config import Config
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import stream_seed
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)

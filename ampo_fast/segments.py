@@ -12,7 +12,8 @@ from types import MappingProxyType
 import torch
 
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine, stream_seed
+from ampo_fast.random_streams import stream_seed
+from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 GIVEN, REWRITTEN = 1.0, 0.0
