@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ampo_fast.types import Sampling
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -133,6 +135,16 @@ class RolloutConfig(Section):
         description="So many of the newest groups are kept, and a round's are drawn from them, the seldom drawn first; 0: off.",
         json_schema_extra=ADVANCED,
     )
+
+    def sampling(self, seed: int, step: int = 0) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=seed,
+            step=step,
+        )
 
 
 class RewardConfig(Section):

@@ -18,9 +18,8 @@ from ampo_fast.model import Policy
 from ampo_fast.packing import pack, packed_length
 from ampo_fast.rewards import make_reward, score_groups
 from ampo_fast.sampler import admit_prompts
-from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
-from ampo_fast.types import CandidateGroup, Prompt, Sampling, SelectedGroup
+from ampo_fast.types import CandidateGroup, Prompt, SelectedGroup
 
 _NUM_GROUPS = 3
 
@@ -34,9 +33,8 @@ def dry_run(config: Config) -> None:
     kept = admit_prompts(prompts, policy, config, "data.train")
     _print_lengths(prompts, policy, config, console)
     started = time.perf_counter()
-    rollout = config.rollout
-    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
-    groups = engine.generate(kept[:_NUM_GROUPS], rollout.n, _sampling(config))
+    engine = make_engine(config, policy)
+    groups = engine.generate(kept[:_NUM_GROUPS], config.rollout.n, config.rollout.sampling(config.run.seed))
     generate_s = time.perf_counter() - started
     embedder = make_embedder(config, policy)
     scored = score_groups(groups, make_reward(config, embedder), embedder, config)
@@ -44,14 +42,6 @@ def dry_run(config: Config) -> None:
     for group in selected:
         _print_group(group, policy, console)
     _print_cost(policy, groups, generate_s, config, console)
-
-
-def _sampling(config: Config) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens, seed=config.run.seed,
-    )  # fmt: skip
 
 
 def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, console: Console) -> None:

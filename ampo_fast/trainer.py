@@ -35,7 +35,6 @@ from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
-from ampo_fast.segments import with_segments
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
@@ -87,10 +86,7 @@ class Trainer:
         longest = longest_prompt(self.train_prompts, self.policy, config)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(longest)
-        rollout = config.rollout
-        self.engine = with_segments(
-            make_engine(config, self.actor), self._segment_writer(), rollout.segment_tokens, rollout.batch_rows
-        )
+        self.engine = make_engine(config, self.actor, self._segment_writer())
         # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
