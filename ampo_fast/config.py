@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ampo_fast.types import Sampling
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -74,13 +76,19 @@ class LoraConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class BaseModelConfig(Section):
+    """What `ampo-fast train` and `train-reward` both ask of a model."""
+
     path: str = Field(..., description="A HuggingFace model directory or name, or package:smollm2-135m-instruct.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute only; parameters stay float32.")
     attention: Literal["auto", "segments", "unshared"] = Field(
         "auto",
         description="segments: each prompt runs once for its group. unshared: once per response. auto: segments where possible.",
     )
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
+
+
+class ModelConfig(BaseModelConfig):
     compile: bool = Field(
         False, description="torch.compile of the layers in training: minutes to start, then less time between products."
     )
@@ -89,7 +97,6 @@ class ModelConfig(Section):
         description="Liger's kernels in the layers, on a GPU; needs ampo_fast[liger].",
         json_schema_extra=ADVANCED,
     )
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
     lora: LoraConfig = Field(
         default_factory=LoraConfig,
         description="--model.lora.rank 16 trains an adapter instead of all parameters; needs ampo_fast[lora].",
@@ -133,6 +140,16 @@ class RolloutConfig(Section):
         description="So many of the newest groups are kept, and a round's are drawn from them, the seldom drawn first; 0: off.",
         json_schema_extra=ADVANCED,
     )
+
+    def sampling(self, seed: int, step: int = 0) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=seed,
+            step=step,
+        )
 
 
 class RewardConfig(Section):
@@ -202,13 +219,12 @@ class ReferenceConfig(Section):
     )
 
 
-class OptimConfig(Section):
+class BaseOptimConfig(Section):
+    """What `ampo-fast train` and `train-reward` both ask of a step."""
+
     prompts_per_step: Positive = Field(8, description="Groups per optimizer step, over all ranks.")
     micro_batch_tokens: Positive = Field(
         4096, description="Packed tokens per forward; a group that is longer runs in parts, and forward twice."
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Keep only each layer's input and run it again in the backward: less memory, a third slower."
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
@@ -218,6 +234,12 @@ class OptimConfig(Section):
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's decoupled decay.")
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Gradients are clipped to this norm.")
+
+
+class OptimConfig(BaseOptimConfig):
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each layer's input and run it again in the backward: less memory, a third slower."
+    )
 
 
 class EvalConfig(Section):
@@ -410,6 +432,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _describe(problem: Any, schema: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
+        if schema is not Config and any(f"{path}.".startswith(f"{key}.") for path, _ in field_paths(is_full=True)):
+            return f"unknown key {key}: `ampo-fast train` alone reads it; leave it out"
         names = [path for path, _ in field_paths(schema, is_full=True)] + list(schema.model_fields)
         nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""

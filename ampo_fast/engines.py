@@ -8,16 +8,21 @@ from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.main_engine import MainEngine
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine
+from ampo_fast.segments import SegmentEngine
 from ampo_fast.vllm.engine import VllmEngine
 from ampo_fast.vllm.server import VllmServerEngine
 
 
-def make_engine(config: Config, policy: Policy) -> RolloutEngine:
+def make_engine(config: Config, policy: Policy, writer: Policy | None = None) -> RolloutEngine:
     """The engine of rollout.engine, for every rank to call; those of vLLM start on first use.
 
     policy: whole on every rank, and as trained as the weights that the engine is handed.
+    writer: writes the segments of rollout.segment_tokens; default: the policy.
     """
     rollout = config.rollout
+    if rollout.segment_tokens:
+        own = TransformersEngine(policy if writer is None else writer, rollout.batch_rows)
+        return SegmentEngine(DataEngine(policy), own, rollout.segment_tokens)
     if rollout.engine == "data":
         return DataEngine(policy)
     if rollout.engine == "transformers":

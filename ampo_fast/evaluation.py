@@ -39,7 +39,7 @@ def evaluate(
     Each rank answers its share; the result is every rank's. policy is whole, not sharded. The start policy is loaded
     for the comparison and dropped again: it costs memory only here.
     """
-    sampling = eval_sampling(config)
+    sampling = config.rollout.sampling(config.eval.seed)
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
     ranks = rank_batches(lengths, config.eval.samples, config.rollout.batch_rows, sampling.max_new_tokens)
     shares = [[i for batch in batches for i in batch] for batches in ranks]
@@ -64,17 +64,6 @@ def _answers(
     if engine.answers_for_all:
         return shared_answers(lambda: engine.generate([p for share in shares for p in share], n, sampling), shares)
     return engine.generate(shares[distributed.rank()], n, sampling)
-
-
-def eval_sampling(config: Config) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=config.eval.seed,
-    )
 
 
 def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from ampo_fast.config import OptimConfig
+from ampo_fast.config import BaseOptimConfig
 from ampo_fast.distributed import whole
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: BaseOptimConfig) -> torch.optim.AdamW:
     """Raises ValueError for bfloat16 parameters: at small learning rates most of their updates round to nothing."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     low = {str(parameter.dtype) for parameter in trained if parameter.dtype != torch.float32}
@@ -21,7 +21,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
-def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+def learning_rate(step: int, num_steps: int, config: BaseOptimConfig) -> float:
     """Linear warm-up over warmup_ratio of the run, then a cosine down to min_lr_ratio x lr. step counts from 0."""
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup:

@@ -144,23 +144,26 @@ def longest_batch(
         prompt=Prompt(id="", messages=()), prompt_ids=(0,) * prompt_length, candidates=(candidate,) * num_responses
     )
     reward = [1.0] + [0.0] * (num_responses - 1)
-    batch = pack_responses([group] * num_groups, [range(num_responses)] * num_groups, device, [reward] * num_groups)
-    batch.positive_M[batch.group_offsets[:-1].to(device)] = True
-    return batch
+    return pack_responses(
+        [group] * num_groups,
+        [range(num_responses)] * num_groups,
+        device,
+        reward=[reward] * num_groups,
+        positive=[(0,)] * num_groups,
+    )
 
 
 def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") -> PackedBatch:
     """One batch of trained groups: [prompt | positive | negatives] each, rewards and sides with them."""
     kept = [kept_candidates(group) for group in groups]
-    batch = pack_responses(
+    return pack_responses(
         [group.scored.group for group in groups],
         kept,
         device,
         reward=[_kept(g.scored, k) for g, k in zip(groups, kept, strict=True)],
+        positive=[group.positive for group in groups],
+        baseline=[_mean_reward(group.scored) for group in groups],
     )
-    batch.positive_M[:] = torch.tensor([i in group.positive for group, k in zip(groups, kept, strict=True) for i in k])
-    batch.baseline_B[:] = torch.tensor([_mean_reward(group.scored) for group in groups])
-    return batch
 
 
 def pack_micro_batch(micro: MicroBatch, device: torch.device | str = "cpu") -> PackedBatch:
@@ -183,8 +186,12 @@ def pack_responses(
     kept: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
     reward: Sequence[Sequence[float]] | None = None,
+    positive: Sequence[Sequence[int]] | None = None,
+    baseline: Sequence[float] | None = None,
 ) -> PackedBatch:
     """Packs the kept candidates of each group; every one needs at least one token.
+
+    reward: of the kept ones. positive: which candidates are. baseline: a number per group. Zeros where not given.
 
     Row r of the batch is the hidden state that predicts target r: the prompt's last one for a response's first token,
     then the response's own. Positions restart at the prompt's end for each response.
@@ -214,6 +221,7 @@ def pack_responses(
         segments.append(Segment(start=start, prompt_length=len(prompt), response_lengths=tuple(fed)))
     num_responses = [len(indices) for indices in kept]
     flat_reward = [value for values in reward for value in values] if reward else [0.0] * len(lengths)
+    sides = [i in side for indices, side in zip(kept, positive or [()] * len(kept), strict=True) for i in indices]
     return PackedBatch(
         token_T=torch.tensor(tokens, device=device),
         position_T=torch.tensor(positions, device=device),
@@ -223,8 +231,8 @@ def pack_responses(
         response_offsets=_offsets(lengths),
         group_offsets=_offsets(num_responses),
         reward_M=torch.tensor(flat_reward, device=device),
-        positive_M=torch.zeros(len(lengths), dtype=torch.bool, device=device),
-        baseline_B=torch.zeros(len(segments), device=device),
+        positive_M=torch.tensor(sides, dtype=torch.bool, device=device),
+        baseline_B=torch.tensor(baseline or [0.0] * len(segments), device=device),
         sampled_logp_R=torch.tensor(sampled, device=device) if len(sampled) == len(targets) else None,
     )
 

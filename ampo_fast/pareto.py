@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ampo_fast.rollouts import stream_seed
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import ScoredGroup
 
 

@@ -10,17 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ampo_fast.config import Config
-from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack, packed_length
 from ampo_fast.rewards import make_reward, score_groups
-from ampo_fast.sampler import admit_prompts
-from ampo_fast.segments import with_segments
+from ampo_fast.sampler import read_prompts
 from ampo_fast.select import RewardTolerance, select_groups
-from ampo_fast.types import CandidateGroup, Prompt, Sampling, SelectedGroup
+from ampo_fast.types import CandidateGroup, Prompt, SelectedGroup
+from ampo_fast.update import make_loss
 
 _NUM_GROUPS = 3
 
@@ -30,28 +29,23 @@ def dry_run(config: Config) -> None:
     console = Console(width=140, soft_wrap=True)
     console.print_json(config.model_dump_json())
     policy = Policy.load(config.model)
-    prompts = load_prompts(config.data.train, needs_responses=config.rollout.engine == "data")
-    kept = admit_prompts(prompts, policy, config, "data.train")
-    _print_lengths(prompts, policy, config, console)
+    prompts = read_prompts(config, policy)
+    make_loss(config, prompts.sampler.prompts)  # only for what it refuses
+    _print_lengths(prompts.read, policy, config, console)
     started = time.perf_counter()
-    rollout = config.rollout
-    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
-    groups = engine.generate(kept[:_NUM_GROUPS], rollout.n, _sampling(config))
+    engine = make_engine(config, policy)
+    groups = engine.generate(
+        prompts.sampler.prompts[:_NUM_GROUPS], config.rollout.n, config.rollout.sampling(config.run.seed)
+    )
     generate_s = time.perf_counter() - started
     embedder = make_embedder(config, policy)
+    if prompts.held_out and config.eval.reward:
+        make_reward(config, embedder, config.eval.reward)  # likewise
     scored = score_groups(groups, make_reward(config, embedder), embedder, config)
     selected = select_groups(scored, config, RewardTolerance(config.reward.tol).update(scored))
     for group in selected:
         _print_group(group, policy, console)
     _print_cost(policy, groups, generate_s, config, console)
-
-
-def _sampling(config: Config) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens, seed=config.run.seed,
-    )  # fmt: skip
 
 
 def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, console: Console) -> None:

@@ -5,7 +5,6 @@ Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ import torch
 from ampo_fast import distributed
 from ampo_fast.model import Policy
 from ampo_fast.packing import balanced_shares
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 
@@ -82,12 +82,6 @@ def shared_answers(
         return [[by_id[prompt.id] for prompt in share] for share in shares]
 
     return distributed.dealt_by_main(deal)
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from what identifies a random stream, e.g. (seed, step, prompt id, candidate index)."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class DataEngine:

@@ -215,15 +215,7 @@ class RoundMaker:
 
         advance is told of prompts as they are answered.
         """
-        rollout = self.config.rollout
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_new_tokens=rollout.max_new_tokens,
-            seed=self.config.run.seed,
-            step=self._first_step(index),
-        )
+        sampling = self.config.rollout.sampling(self.config.run.seed, self._first_step(index))
         mine = [prompt for batch in batches for prompt in batch]
         with RowWriter(self._partial(index)) as writer:
             done = writer.groups(mine)

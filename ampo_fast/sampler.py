@@ -5,15 +5,64 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ampo_fast import distributed
+from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.config import Config
+from ampo_fast.data import load_prompts, settle_disagreements
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import stream_seed
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPrompts:
+    """What a run is trained and measured on."""
+
+    sampler: PromptSampler
+    longest: int
+    """Tokens of the longest prompt that is trained on."""
+    held_out: list[Prompt]
+    read: list[Prompt]
+    """data.train as it came, with what is not trained on."""
+
+
+def read_prompts(config: Config, policy: Policy) -> RunPrompts:
+    """Reads data.train and data.eval, for every rank to call with a whole policy.
+
+    Raises ValueError for whatever in them, or in how many and how long they are, a run could not train on.
+    """
+    read = _load(config.data.train, "data.train", needs_responses=config.rollout.engine == "data")
+    train = admit_prompts(read, policy, config, "data.train")
+    count = config.data.active_pairs
+    if count:
+        train = distributed.on_main(lambda: choose_pairs(policy, train, count, config.rollout.max_new_tokens))
+    return RunPrompts(
+        sampler=PromptSampler(train, config.prompts_per_round, config.run.seed),
+        longest=longest_prompt(train, policy, config),
+        held_out=_held_out(config, policy),
+        read=read,
+    )
+
+
+def _held_out(config: Config, policy: Policy) -> list[Prompt]:
+    source = config.data.eval
+    if source is None or not config.eval.prompts:
+        return []
+    if config.reward.is_given and not config.eval.reward:
+        raise ValueError(
+            f"data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is {config.reward.kind!r})"
+        )
+    return admit_prompts(_load(source, "data.eval"), policy, config, "data.eval")[: config.eval.prompts]
+
+
+def _load(source: str, field: str, needs_responses: bool = False) -> list[Prompt]:
+    return settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
 
 
 def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> list[Prompt]:
@@ -26,6 +75,8 @@ def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, fie
             f"{field}: {num_long} of {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit}, more than "
             f"data.max_overlong_share = {config.data.max_overlong_share} allows; raise one of them"
         )
+    if not kept:
+        raise ValueError(f"{field}: no prompt is within data.max_prompt_tokens = {limit}; raise it")
     if num_long:
         log.warning("%s: left out %d of %d prompts longer than %d tokens", field, num_long, len(prompts), limit)
     return kept

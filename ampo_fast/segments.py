@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 import torch
 
-from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine, stream_seed
+from ampo_fast.random_streams import stream_seed
+from ampo_fast.rollouts import DataEngine, TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 GIVEN, REWRITTEN = 1.0, 0.0
@@ -86,11 +86,6 @@ class SegmentEngine:
 
     def close(self) -> None:
         pass
-
-
-def with_segments(engine: RolloutEngine, writer: Policy, tokens: int, batch_rows: int) -> RolloutEngine:
-    """The engine itself where rollout.segment_tokens = 0, else one that rewrites segments of its given answers."""
-    return SegmentEngine(engine, TransformersEngine(writer, batch_rows), tokens) if tokens else engine
 
 
 def _best_alone(prompt: Prompt) -> Prompt:

@@ -12,7 +12,7 @@ import torch
 from ampo_fast import losses
 from ampo_fast.config import Config
 from ampo_fast.pareto import draw_sides
-from ampo_fast.rollouts import stream_seed
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.selection import select_responses
 from ampo_fast.types import Candidate, ScoredGroup, SelectedGroup
 

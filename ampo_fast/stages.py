@@ -28,7 +28,6 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts import generation_batches
 from ampo_fast.sampler import admit_prompts
-from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
     Row,
@@ -43,7 +42,7 @@ from ampo_fast.stage_files import (
     write_rewards,
     write_rows_atomic,
 )
-from ampo_fast.types import Prompt, Sampling
+from ampo_fast.types import Prompt
 
 _BATCH_PROMPTS = 64
 """Prompts scored, embedded or selected between two writes."""
@@ -85,15 +84,9 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
     prompts = admit_prompts(prompts, policy, config, "--input" if source else "data.train")
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
     rollout = config.rollout
-    sampling = Sampling(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=config.run.seed,
-    )
+    sampling = rollout.sampling(config.run.seed)
     batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
-    engine = with_segments(make_engine(config, policy), policy, rollout.segment_tokens, rollout.batch_rows)
+    engine = make_engine(config, policy)
 
     def answer(batch: Sequence[Prompt]) -> list[Row]:
         return [row_from_group(group) for group in engine.generate(batch, rollout.n, sampling)]

@@ -1,4 +1,15 @@
-"""The loop: generate, score, select, pack, loss, step, sync. Everything else here serves one of these lines."""
+"""The loop: generate, score, select, pack, loss, step, sync. Everything else here serves one of these lines.
+
+    groups   = engine.generate(prompts)       rounds.RoundMaker._groups: a round for several steps, ahead where that can be
+    scored   = score_groups(groups)           RoundMaker._make
+    selected = select_groups(scored)          RoundMaker._select: on rank 0, for all
+    batch    = pack_micro_batch(selected)     update.Updater._backward: rank by rank, one micro-batch after the other
+    loss     = policy(batch, loss_fn)         likewise; of a group longer than a micro-batch in parts (split_groups)
+    guarded_step(optimizer, loss)             Updater.step
+    push_weights(policy, engine, version)     Trainer._sync: after a round's last step
+
+Trainer._train_one_step asks for the first three at once (rounds.selected), for the next three at once (updater.step).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +24,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ampo_fast import distributed
-from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
-from ampo_fast.data import load_prompts, settle_disagreements
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
@@ -33,13 +42,11 @@ from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
-from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
-from ampo_fast.segments import with_segments
+from ampo_fast.sampler import read_prompts
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.trace import TRACE_FILE, Trace
-from ampo_fast.types import Prompt
 from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
@@ -77,19 +84,14 @@ class Trainer:
         is_alone = distributed.world_size() == 1
         self.load_whole = Policy.load if is_alone else Policy.load_replica
         self.actor = self.policy if is_alone else self.load_whole(config.model)
-        self.train_prompts = self._train_prompts()
-        self.eval_prompts = self._eval_prompts()
-        self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
+        prompts = read_prompts(config, self.actor)
+        self.sampler, self.eval_prompts = prompts.sampler, prompts.held_out
         self.embedder = make_embedder(config, self.actor)
         self.reward_fn = make_reward(config, self.embedder)
-        self.updater = Updater(config, self.policy, self.train_prompts)
-        longest = longest_prompt(self.train_prompts, self.policy, config)
+        self.updater = Updater(config, self.policy, self.sampler.prompts)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
-            self.updater.preflight(longest)
-        rollout = config.rollout
-        self.engine = with_segments(
-            make_engine(config, self.actor), self._segment_writer(), rollout.segment_tokens, rollout.batch_rows
-        )
+            self.updater.preflight(prompts.longest)
+        self.engine = make_engine(config, self.actor, self._segment_writer())
         # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
@@ -273,32 +275,6 @@ class Trainer:
                 self.config.run.steps, self.step, stream=stream, on_phase=note, on_span=on_span
             ) as progress:
                 yield progress
-
-    def _prompts(self, source: str, field: str) -> list[Prompt]:
-        needs_responses = field == "data.train" and self.config.rollout.engine == "data"
-        prompts = settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
-        prompts = admit_prompts(prompts, self.policy, self.config, field)
-        if not prompts:
-            raise ValueError(f"{field} = {source!r} leaves no prompt to use")
-        return prompts
-
-    def _train_prompts(self) -> list[Prompt]:
-        config = self.config
-        prompts = self._prompts(config.data.train, "data.train")
-        if not config.data.active_pairs:
-            return prompts
-        count, length = config.data.active_pairs, config.rollout.max_new_tokens
-        return distributed.on_main(lambda: choose_pairs(self.actor, prompts, count, length))
-
-    def _eval_prompts(self) -> list[Prompt]:
-        config = self.config
-        if config.data.eval is None or not config.eval.prompts:
-            return []
-        if config.reward.is_given and not config.eval.reward:
-            raise ValueError(
-                f"data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is {config.reward.kind!r})"
-            )
-        return self._prompts(config.data.eval, "data.eval")[: config.eval.prompts]
 
     def _restore(self) -> int:
         found = distributed.on_main(lambda: checkpoint_dirs(self.run_dir / "checkpoints"))

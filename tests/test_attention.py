@@ -50,9 +50,8 @@ def ragged_groups():
 
 def batch_of(groups):
     reward = [[float((7 * j + i) % 5) for j in range(len(g.candidates))] for i, g in enumerate(groups)]
-    batch = pack_responses(groups, [range(len(g.candidates)) for g in groups], reward=reward)
-    batch.positive_M[batch.group_offsets[:-1]] = True
-    return batch
+    kept = [range(len(g.candidates)) for g in groups]
+    return pack_responses(groups, kept, reward=reward, positive=[(0,)] * len(groups))
 
 
 def run(directory, mode, dtype, groups):

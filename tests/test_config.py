@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ampo_fast.config import Config, build_config, field_paths, load_config, parse_overrides, recipe_path
 from ampo_fast.reward_model.config import RewardTrainingConfig
+from ampo_fast.types import Sampling
 
 MINIMAL = {"data": {"train": "t.jsonl"}, "model": {"path": "m"}}
 
@@ -42,6 +43,13 @@ def test_importing_the_config_imports_no_torch():
     code = "import sys, ampo_fast.config; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_rollout_section_says_how_the_policy_is_sampled():
+    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 5}
+    rollout = build_config(MINIMAL | {"rollout": asked}).rollout
+    assert rollout.sampling(3) == Sampling(**asked, seed=3)
+    assert rollout.sampling(3, step=4) == Sampling(**asked, seed=3, step=4)
 
 
 def test_config_survives_json():

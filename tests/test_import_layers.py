@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 LEVELS = [
     {"types", "config", "margins_fit", "jsonl", "files", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
      "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline", "reward_model.config",
-     "reward_model.calibration"},
+     "reward_model.calibration", "random_streams"},
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},

@@ -44,8 +44,7 @@ def test_only_the_adapter_is_trained_and_the_head_is_frozen(tiny_model):
     assert len(trained) == 2 * 7 * 2  # A and B of the seven linear layers of two blocks
     assert all(map(is_adapter, trained))
     optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-2))
-    batch = pack_responses(GROUPS, [range(3)], reward=[[1.0, 0.0, 0.5]])
-    batch.positive_M[0] = True
+    batch = pack_responses(GROUPS, [range(3)], reward=[[1.0, 0.0, 0.5]], positive=[(0,)])
     before = response_logp(policy, GROUPS, 1000)
     torch.testing.assert_close(before, response_logp(Policy.load(ModelConfig(path=str(tiny_model))), GROUPS, 1000))
     for _ in range(2):

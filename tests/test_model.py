@@ -49,10 +49,8 @@ def test_shared_prefix_equals_one_response_at_a_time(tiny_policy):
 
 
 def test_shared_and_unshared_gradients_agree(tiny_model):
-    batch = pack_responses(
-        RAGGED, [range(len(g.candidates)) for g in RAGGED], reward=[[1.0, 0.0, 0.5], [1.0], [0.0, 1.0]]
-    )
-    batch.positive_M[:] = torch.tensor([True, False, False, True, False, True])
+    kept, reward = [range(len(g.candidates)) for g in RAGGED], [[1.0, 0.0, 0.5], [1.0], [0.0, 1.0]]
+    batch = pack_responses(RAGGED, kept, reward=reward, positive=[(0,), (0,), (1,)])
     grads = []
     for mode in ("segments", "unshared"):
         policy = Policy.load(ModelConfig(path=str(tiny_model), attention=mode))

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from builders import group as candidate_group
 from runs import of_other_modes
 
 from ampo_fast import cli
-from ampo_fast.config import build_config
+from ampo_fast.config import BaseModelConfig, BaseOptimConfig, build_config
 from ampo_fast.metrics import read_metrics
 from ampo_fast.reward_model import training
 from ampo_fast.reward_model.config import RewardLossConfig, RewardTrainingConfig
@@ -274,3 +276,107 @@ def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):
     evaluation = json.loads((tmp_path / "runs/reward/evaluation.json").read_text())
     assert evaluation["num_groups"] == 4
     assert 0.5 <= evaluation["tie_confidence"] < 1.0
+
+
+# --- the sections shared with `ampo-fast train` -----------------------------------------------------------------------
+
+SHARED = {
+    "model.dtype": "bfloat16",
+    "model.attention": "unshared",
+    "optim.prompts_per_step": 4,
+    "optim.micro_batch_tokens": 64,
+    "optim.lr": 1e-3,
+    "optim.min_lr_ratio": 0.5,
+    "optim.warmup_ratio": 0.9,
+    "optim.betas": (0.5, 0.5),
+    "optim.weight_decay": 1.0,
+    "optim.max_grad_norm": 1e-3,
+}
+"""Another value than the tests' own of each shared field; the other two have tests of their own."""
+
+
+def observed(tiny_model, folder, field=None):
+    """The metrics of a short run, and how much was fed in how many forwards."""
+    folder.mkdir()
+    section, _, name = (field or "").partition(".")
+    changed = {section: {name: SHARED[field]}} if field else {}
+    trainer = RewardTrainer(settings(folder, tiny_model, **{"run": {"epochs": 1}} | changed))
+    calls = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.run()
+    rows = read_metrics(folder / "runs/reward/metrics.jsonl")
+    untimed = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return untimed, trainer.model.num_fed, len(calls)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tiny_model, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("shared") / "run" for _ in range(2)]
+    first, second = (observed(tiny_model, folder) for folder in folders)
+    assert first == second
+    return first
+
+
+def test_every_shared_field_has_its_case():
+    shared = {f"model.{name}" for name in BaseModelConfig.model_fields}
+    shared |= {f"optim.{name}" for name in BaseOptimConfig.model_fields}
+    assert shared == SHARED.keys() | {"model.path", "model.trust_remote_code"}
+
+
+@pytest.mark.parametrize("field", SHARED)
+def test_a_shared_field_changes_the_run(unchanged, tiny_model, tmp_path, field):
+    assert observed(tiny_model, tmp_path / "run", field) != unchanged
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model.lora", "model.lora.rank", "model.compile", "model.liger", "optim.activation_checkpointing", "rollout.n"],
+)
+def test_what_only_a_policy_has_is_refused_by_name(tiny_model, tmp_path, capsys, field):
+    path = tmp_path / "reward.toml"
+    path.write_text(f'[data]\ntrain = "pairs.jsonl"\n[model]\npath = "{tiny_model}"\n')
+    assert cli.main(["train-reward", str(path), f"--{field}", "1"]) == 2
+    named = field.removesuffix(".rank").removesuffix(".n")
+    assert f"unknown key {named}: `ampo-fast train` alone reads it; leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train-reward", "--help"])
+    assert f"--{field}" not in capsys.readouterr().out
+
+
+JUDGE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel, LlamaPreTrainedModel
+
+class JudgeConfig(LlamaConfig):
+    model_type = "judge"
+
+class JudgeForSequenceClassification(LlamaPreTrainedModel):
+    config_class = JudgeConfig
+    forward = LlamaForSequenceClassification.forward
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+"""
+
+
+def test_a_model_with_code_of_its_own_is_trained_and_exported(tiny_model, tmp_path, monkeypatch):
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    judge = tmp_path / "judge"
+    shutil.copytree(tiny_model, judge)
+    (judge / "judge_code.py").write_text(JUDGE)
+    config = json.loads((judge / "config.json").read_text())
+    names = {"AutoConfig": "JudgeConfig", "AutoModelForSequenceClassification": "JudgeForSequenceClassification"}
+    config |= {"model_type": "judge", "auto_map": {auto: f"judge_code.{name}" for auto, name in names.items()}}
+    (judge / "config.json").write_text(json.dumps(config))
+    run = {"epochs": 1}
+    with pytest.raises(ValueError, match="custom code"):
+        train_reward(settings(tmp_path, judge, run=run))
+    summary = train_reward(settings(tmp_path, judge, run=run, model={"path": str(judge), "trust_remote_code": True}))
+    assert summary["export_difference"] < 1e-3

@@ -6,7 +6,7 @@ from conftest import make_tiny_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, TransformersEngine, generation_batches, sample_tokens, stream_seed
+from ampo_fast.rollouts import DataEngine, TransformersEngine, generation_batches, sample_tokens
 from ampo_fast.types import GivenResponse, Prompt, Sampling
 from ampo_fast.weight_sync import push_weights
 
@@ -99,13 +99,6 @@ def test_batches_are_neighbours_in_length_and_cover_everything():
     assert batches == [[3, 0], [2, 1]]
     assert generation_batches([4, 4], n=100, batch_rows=16) == [[0], [1]]
     assert len(generation_batches([4] * 6, n=2, batch_rows=64, num_ranks=3)) == 3  # no rank left without a batch
-
-
-def test_stream_seeds_differ_in_every_part_and_fit_63_bits():
-    parts = [(0, 1, "a", 2), (1, 1, "a", 2), (0, 2, "a", 2), (0, 1, "b", 2), (0, 1, "a", 3), (0, 11, "a", 2)]
-    seeds = {stream_seed(*p) for p in parts}
-    assert len(seeds) == len(parts)
-    assert all(0 <= s < 2**63 for s in seeds)
 
 
 def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy):

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 from builders import config, prompt
 
-from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
+from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt, read_prompts
 
 
 @pytest.mark.parametrize(("num_prompts", "per_round"), [(10, 4), (7, 7), (5, 3), (12, 4)])
@@ -45,3 +47,54 @@ def test_a_budget_below_the_longest_prompt_and_one_response_is_named(tiny_policy
     tight = config(rollout={"max_new_tokens": 31}, optim={"micro_batch_tokens": longest + 30})
     with pytest.raises(ValueError, match=rf"micro_batch_tokens = {longest + 30} .*at least {longest + 31}"):
         longest_prompt(prompts, tiny_policy, tight)
+
+
+# --- all of a run's prompts -------------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_config(tmp_path, num_rows=10, **sections):
+    train = write_rows(tmp_path / "train.jsonl", [{"id": f"t{i}", "prompt": "x" * (1 + i)} for i in range(num_rows)])
+    held_out = write_rows(tmp_path / "eval.jsonl", [{"id": f"e{i}", "prompt": "y"} for i in range(5)])
+    defaults = {"data": {"train": train, "eval": held_out}, "optim": {"prompts_per_step": 4}, "eval": {"prompts": 3}}
+    return config(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections})
+
+
+def test_a_runs_prompts_come_from_the_config(tiny_policy, tmp_path):
+    limit = len(tiny_policy.encode_prompt(prompt(0, "x" * 9).messages))
+    found = read_prompts(run_config(tmp_path, data={"max_prompt_tokens": limit}), tiny_policy)
+    assert [p.id for p in found.sampler.prompts] == [f"t{i}" for i in range(9)]
+    assert (found.sampler.prompts_per_round, found.longest) == (4, limit)
+    assert [p.id for p in found.held_out] == ["e0", "e1", "e2"]
+    assert len(found.read) == 10
+
+
+def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp_path):
+    rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz"} for i in range(6)]
+    offline = {"rollout": {"engine": "data"}, "reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels"}}
+    data = {"train": write_rows(tmp_path / "pairs.jsonl", rows), "active_pairs": 4}
+    found = read_prompts(run_config(tmp_path, data=data, **offline), tiny_policy)
+    assert len(found.sampler.prompts) == 4
+    with pytest.raises(ValueError, match=r"needs 4 prompts.*the data has 3"):
+        read_prompts(run_config(tmp_path, data=data | {"active_pairs": 3}, **offline), tiny_policy)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"prompts_per_step": 40}}, r"needs 40 prompts.*the data has 10"),
+        ({"optim": {"micro_batch_tokens": 8}}, r"micro_batch_tokens = 8 cannot hold the longest prompt"),
+        (
+            {"data": {"max_prompt_tokens": 2, "max_overlong_share": 1.0}},
+            r"data\.train: no prompt .*max_prompt_tokens = 2",
+        ),
+        ({"data": {"eval": "nowhere.jsonl"}}, r"nowhere\.jsonl"),
+    ],
+)
+def test_prompts_that_a_run_cannot_use_are_refused(tiny_policy, tmp_path, sections, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(run_config(tmp_path, **sections), tiny_policy)

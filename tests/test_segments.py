@@ -10,6 +10,7 @@ from builders import config, scored
 from runs import comparable, write_run
 
 from ampo_fast.config import load_config
+from ampo_fast.engines import make_engine
 from ampo_fast.replay import ReplayBuffer
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import DataEngine, TransformersEngine
@@ -73,6 +74,14 @@ def test_it_is_a_pure_function_of_prompts_and_sampling(tiny_policy):
     assert first == made(prompts, seed=1, step=2)
     assert first[::-1] == made(prompts[::-1], seed=1, step=2)
     assert first != made(prompts, seed=1, step=3)
+
+
+def test_the_engine_of_the_config_writes_with_the_policy_unless_told_otherwise(tiny_policy):
+    settings = config(rollout={"engine": "data", "segment_tokens": 4, "batch_rows": 3}, reward={"kind": "data"})
+    reference = object()
+    own, other = (make_engine(settings, tiny_policy, writer) for writer in (None, reference))
+    assert (own.given.policy, own.writer.policy, own.writer.batch_rows, own.tokens) == (tiny_policy, tiny_policy, 3, 4)
+    assert (other.given.policy, other.writer.policy) == (tiny_policy, reference)
 
 
 def test_the_given_answer_has_the_higher_reward_also_after_a_restart():

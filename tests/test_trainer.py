@@ -12,6 +12,7 @@ from runs import command, comparable, of_other_modes, reached, write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.margins_fit import gamma_for_agreement
+from ampo_fast.preview import dry_run
 from ampo_fast.trainer import train
 
 WHOLE = [
@@ -214,6 +215,23 @@ def test_dry_run_shows_groups_and_cost_and_writes_nothing(tiny_model, tmp_path):
     for text in ("TFLOP per step", "1 + 3", "all 6", "memory, estimated", "BOS", "over the limit"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--loss.name", "Nonsense"], r"loss\.name = 'Nonsense'; known: AMPO"),
+        (["--loss.params.bogus", "1"], r"loss\.params = .*bogus"),
+        (["--optim.micro_batch_tokens", "8"], r"optim\.micro_batch_tokens = 8 cannot hold"),
+        (["--optim.prompts_per_step", "40", "--rollout.prompts_per_round", "0"], "a round needs 40 prompts"),
+        (["--eval.reward", "nowhere:judge"], "'nowhere:judge' cannot be imported"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_refuses(tiny_model, tmp_path, override, message):
+    config = load_config(str(write_run(tmp_path, tiny_model)), override)
+    for start in (dry_run, train):
+        with pytest.raises(ValueError, match=message):
+            start(config)
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

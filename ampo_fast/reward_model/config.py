@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ampo_fast.config import Count, ModelConfig, OptimConfig, Positive, Section, Share
+from ampo_fast.config import BaseModelConfig, BaseOptimConfig, Count, Positive, Section, Share
 
 
 class RewardRunConfig(Section):
@@ -44,7 +44,7 @@ class RewardDataConfig(Section):
     max_missing_share: Share = Field(0.2, description="More responses without a score than this share is an error.")
 
 
-class RewardModelConfig(ModelConfig):
+class RewardModelConfig(BaseModelConfig):
     """The backbone; a head that its checkpoint lacks is new."""
 
     keep_blocks: Count | None = Field(
@@ -77,8 +77,9 @@ class RewardLossConfig(Section):
     )
 
 
-class RewardOptimConfig(OptimConfig):
+class RewardOptimConfig(BaseOptimConfig):
     prompts_per_step: Positive = Field(16, description="Groups per optimizer step.")
+    micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; a longer group runs alone.")
     lr: Annotated[float, Field(gt=0.0)] = Field(2e-5, description="Peak learning rate of AdamW.")
 
 

@@ -52,6 +52,7 @@ class RewardModel(nn.Module):
         self.model = model.eval()
         self.text = text
         self.compute_dtype = getattr(torch, config.dtype)
+        self.trusts_remote_code = config.trust_remote_code
         self.is_shared = self._decide_shared(config.attention, field)
         self.frozen = FrozenBlocks(model, config.trained_blocks, config.cache_mib)
         self.reads_first = config.pooling == "mean" and config.trained_blocks == 0
@@ -249,7 +250,9 @@ class RewardModel(nn.Module):
         self.model.save_pretrained(directory)
         self.text.tokenizer.save_pretrained(directory)
         apply_umask(*directory.glob("*.safetensors"))
-        reloaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+        reloaded = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=self.trusts_remote_code
+        ).eval()
         found = reloaded.state_dict()
         wrong = [name for name, tensor in state.items() if not torch.equal(tensor.cpu(), found[name])]
         if wrong:

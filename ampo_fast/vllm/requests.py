@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import stream_seed
+from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Candidate, Sampling
 
 HEAD_IN_FLOAT32 = {"head_dtype": "float32"}
