@@ -22,9 +22,9 @@ from ampo_fast.stage_files import (
     RowWriter,
     group_from_row,
     raw_rewards,
-    read_embeddings,
     read_rows,
     selected_from_row,
+    with_embeddings,
     write_rows_atomic,
 )
 from ampo_fast.trace import Trace
@@ -166,9 +166,7 @@ class RoundMaker:
             path = self._path(index)
             if not path.is_file():
                 raise ValueError(f"{path} is missing: rollout.replay draws from every round; use another --run.name")
-            rows = read_rows(path)
-            embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
-            return [selected_from_row(row, embedding) for row, embedding in zip(rows, embeddings, strict=True)]
+            return [selected_from_row(row, embedding) for row, embedding in with_embeddings(path, read_rows(path))]
 
         return distributed.on_main(read)
 
@@ -177,10 +175,9 @@ class RoundMaker:
         rows = read_rows(path)
         if [row["id"] for row in rows] != [prompt.id for prompt in self.sampler.round(index)]:
             raise ValueError(f"{path} holds other prompts than this round's; was the data changed since the run began?")
-        embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
         return [
             score_group(group_from_row(row), raw_rewards(row), embedding, self.config)
-            for row, embedding in zip(rows, embeddings, strict=True)
+            for row, embedding in with_embeddings(path, rows)
         ]
 
     # --- one round's sampling -------------------------------------------------------------------------------------

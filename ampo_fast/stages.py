@@ -35,11 +35,11 @@ from ampo_fast.stage_files import (
     embeddings_path,
     group_from_row,
     mark,
-    read_embeddings,
     read_rows,
     row_from_group,
     save_tensors,
     scored_from_row,
+    with_embeddings,
     write_atomic,
     write_rewards,
     write_rows_atomic,
@@ -147,10 +147,9 @@ def select(config: Config, source: Path, output: Path) -> int:
     rows = _input("select", config, source, output)
     if all(response.get("reward") is None for row in rows for response in row["responses"]):
         raise ValueError(f"{source} has no rewards: run `ampo-fast score` on it first")
-    blocks = read_embeddings(source, [len(row["responses"]) for row in rows])
     scored = {
         row["id"]: scored_from_row(row, block, f"{source}, id {row['id']!r}")
-        for row, block in zip(rows, blocks, strict=True)
+        for row, block in with_embeddings(source, rows)
     }
     tolerance = RewardTolerance(config.reward.tol).update(list(scored.values()))
 
@@ -291,9 +290,7 @@ def _embedded(output: Path, parts: Path) -> dict[str, torch.Tensor]:
     """{digest of a row's texts: [N, E]} of what is already embedded."""
     done: dict[str, torch.Tensor] = {}
     if output.exists() and embeddings_path(output).exists():
-        rows = read_rows(output)
-        blocks = read_embeddings(output, [len(row["responses"]) for row in rows])
-        done |= {_digest(row): block for row, block in zip(rows, blocks, strict=True)}
+        done |= {_digest(row): block for row, block in with_embeddings(output, read_rows(output))}
     for part in sorted(parts.glob("*.safetensors")):
         done |= load_file(part)
     return done
