@@ -90,22 +90,34 @@ def stream_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class DataEngine:
-    """Offline: the candidates are the responses that came with the data, tokenised once."""
+class LocalEngine:
+    """What the engines share that need the policy alone: ready as they are made, with nothing to give back."""
 
-    answers_singly = True
+    answers_singly = False
     answers_for_all = False
     sync_metrics: Mapping[str, float] = MappingProxyType({})
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.version = 0
+    version = 0
 
     def start(self) -> None:
         pass
 
     def rest(self) -> None:
         pass
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+class DataEngine(LocalEngine):
+    """Offline: the candidates are the responses that came with the data, tokenised once."""
+
+    answers_singly = True
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
@@ -121,14 +133,8 @@ class DataEngine:
         prompt_ids = self.policy.encode_prompt(prompt.messages)
         return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
 
-    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version
 
-    def close(self) -> None:
-        pass
-
-
-class TransformersEngine:
+class TransformersEngine(LocalEngine):
     """Samples in this process: no server, and bit-for-bit repeatable on a CPU. With one rank the policy is the trainer's
     own module; with more, a replica that load_weights refreshes.
 
@@ -136,20 +142,9 @@ class TransformersEngine:
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
     """
 
-    answers_singly = False
-    answers_for_all = False
-    sync_metrics: Mapping[str, float] = MappingProxyType({})
-
     def __init__(self, policy: Policy, batch_rows: int) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
-        self.version = 0
-
-    def start(self) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = self.policy.model.state_dict()
@@ -157,9 +152,6 @@ class TransformersEngine:
             if own[name].data_ptr() != tensor.data_ptr():  # else it is the trainer's own module, already up to date
                 own[name].copy_(tensor)
         self.version = version
-
-    def close(self) -> None:
-        pass
 
     def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
