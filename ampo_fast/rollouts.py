@@ -17,14 +17,15 @@ from ampo_fast.model import Policy
 from ampo_fast.packing import balanced_shares
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
+Keep = Callable[[Sequence[CandidateGroup]], None]
+
 
 class RolloutEngine(Protocol):
     version: int
     answers_singly: bool
     """Whether a prompt's answers do not depend on the batch it is in: then a broken batch is not repeated whole."""
     answers_for_all: bool
-    """Whether rank 0's engine answers every rank's prompts, in one call: its generate takes `keep` besides, which is called
-    with each group as soon as that is finished, and the other ranks' engines are asked for nothing."""
+    """Whether rank 0's engine answers every rank's prompts, in one call; the other ranks' engines are asked for nothing."""
     sync_metrics: Mapping[str, float]
     """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
 
@@ -33,8 +34,14 @@ class RolloutEngine(Protocol):
         call it together, as they do load_weights: what one meets all raise."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
-        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
+    ) -> list[CandidateGroup]:
+        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling.
+
+        keep is called on this thread with groups as soon as they are finished, with each group once: where generate
+        raises, keep has what was finished before. In-process engines finish all groups of a call together.
+        """
         ...
 
     def rest(self) -> None:
@@ -47,11 +54,7 @@ class RolloutEngine(Protocol):
 
 
 class IncompleteBatch(ConnectionError):
-    """Some prompts of a batch could not be answered; `finished` holds the groups of those that were."""
-
-    def __init__(self, message: str, finished: Sequence[CandidateGroup] = ()) -> None:
-        super().__init__(message)
-        self.finished = list(finished)
+    """Some prompts of a batch could not be answered; those that were have been kept."""
 
 
 def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
@@ -98,6 +101,17 @@ class LocalEngine:
     sync_metrics: Mapping[str, float] = MappingProxyType({})
     version = 0
 
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
+    ) -> list[CandidateGroup]:
+        groups = self._groups(prompts, n, sampling)
+        if keep is not None:
+            keep(groups)
+        return groups
+
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        raise NotImplementedError
+
     def start(self) -> None:
         pass
 
@@ -119,7 +133,7 @@ class DataEngine(LocalEngine):
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
 
     def _group(self, prompt: Prompt, max_new_tokens: int) -> CandidateGroup:
@@ -153,7 +167,7 @@ class TransformersEngine(LocalEngine):
                 own[name].copy_(tensor)
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
         completed = self.complete(encoded, [prompt.id for prompt in prompts], n, sampling)
         return [

@@ -38,7 +38,7 @@ class SegmentEngine(LocalEngine):
     def __init__(self, given: DataEngine, writer: TransformersEngine, tokens: int) -> None:
         self.given, self.writer, self.tokens = given, writer, tokens
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """Two candidates a prompt, whatever n: a pure function of the writer's weights, prompts and sampling."""
         groups = self.given.generate([_best_alone(prompt) for prompt in prompts], 1, sampling)
         cuts = [self._cut(group, sampling) for group in groups]

@@ -29,23 +29,25 @@ PROMPTS = [prompt(i, f"say {word}") for i, word in enumerate(["tea", "sun", "rai
 
 
 class SlowEngine(TransformersEngine):
-    """Answers on any thread, once `gate` is open, and breaks off after `whole` prompts where that is not None."""
+    """Answers as servers do, on any thread, once `gate` is open; breaks off after `whole` prompts where that is not None."""
 
-    answers_singly = True
+    answers_singly = answers_for_all = True
 
     def __init__(self, policy):
         super().__init__(policy, 64)
         self.gate, self.whole, self.asked = threading.Event(), None, []
         self.threads = set()
 
-    def generate(self, prompts, n, sampling):
+    def generate(self, prompts, n, sampling, keep=None):
         self.threads.add(threading.current_thread().name.rpartition("_")[0])
         assert self.gate.wait(20)
         self.asked.append([prompt.id for prompt in prompts])
-        groups = super().generate(prompts, n, sampling)
+        groups = []
+        for one in prompts[: self.whole]:
+            groups += super().generate([one], n, sampling, keep)
         if self.whole is None:
             return groups
-        raise IncompleteBatch("the server is gone", groups[: self.whole])
+        raise IncompleteBatch("the server is gone")
 
 
 def rounds(engine, policy, folder, steps=3):
