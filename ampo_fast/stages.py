@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.engines import make_engine
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts import generation_batches
+from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.segments import with_segments
 from ampo_fast.sampler import admit_prompts
-from ampo_fast.segments import with_segments
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
     Row,

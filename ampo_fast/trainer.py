@@ -20,22 +20,22 @@ from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
-from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
 from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
-from ampo_fast.rounds import RoundMaker
+from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.replay import ReplayBuffer
+from ampo_fast.rollouts.rounds import RoundMaker
+from ampo_fast.rollouts.segments import with_segments
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
-from ampo_fast.segments import with_segments
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals

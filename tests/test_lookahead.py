@@ -12,12 +12,12 @@ from runs import write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.lookahead import Lookahead
 from ampo_fast.metrics import read_metrics
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import IncompleteBatch, TransformersEngine
-from ampo_fast.rounds import RoundMaker
+from ampo_fast.rollouts.lookahead import Lookahead
+from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trace import TRACE_FILE, Trace, read_spans

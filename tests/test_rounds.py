@@ -7,7 +7,7 @@ from ampo_fast.embeddings import make_embedder
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import IncompleteBatch, TransformersEngine
-from ampo_fast.rounds import RoundMaker
+from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trace import Trace
