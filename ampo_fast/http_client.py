@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_SHOWN = 400
+_LONGEST_WAIT_S = 20.0
 
 
 class HttpError(ConnectionError):
@@ -69,11 +70,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def retried(call: Callable[[], Any], attempts: int, longest_wait_s: float = 20.0) -> Any:
+def retried(call: Callable[[], Any], attempts: int) -> Any:
     """call(), repeated with growing random pauses while it raises a passing HttpError; the last error is raised."""
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=longest_wait_s),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S),
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, HttpError) and error.is_passing),
         before_sleep=lambda state: log.warning("retrying: %s", state.outcome.exception()),
         reraise=True,

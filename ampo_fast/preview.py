@@ -11,11 +11,11 @@ from rich.text import Text
 
 from ampo_fast.config import Config
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack, packed_length
 from ampo_fast.rewards import make_reward, score_groups
+from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.sampler import read_prompts
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.types import CandidateGroup, Prompt, SelectedGroup

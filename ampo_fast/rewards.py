@@ -22,7 +22,7 @@ from ampo_fast.http_reward import HttpScorer
 from ampo_fast.losses.margins import calibrated_reward
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.model import RewardModel
-from ampo_fast.segments import GIVEN, REWRITTEN
+from ampo_fast.rollouts.segments import GIVEN, REWRITTEN
 from ampo_fast.types import CandidateGroup, GivenResponse, Prompt, ScoredGroup
 
 Number = float | None

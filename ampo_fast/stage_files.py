@@ -128,9 +128,9 @@ def scored_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> Sc
     )
 
 
-def selected_from_row(row: Row, embedding: torch.Tensor, where: str = "row") -> SelectedGroup:
+def selected_from_row(row: Row, embedding: torch.Tensor) -> SelectedGroup:
     """The group with its selection as stored: positives by falling reward, negatives by index."""
-    scored = scored_from_row(row, embedding, where)
+    scored = scored_from_row(row, embedding)
     marks = [response.get("selected") for response in row["responses"]]
     side = {name: [i for i, value in enumerate(marks) if value == name] for name in ("positive", "negative")}
     return SelectedGroup(
@@ -207,6 +207,11 @@ def read_embeddings(path: Path, sizes: Sequence[int]) -> list[torch.Tensor]:
         count, wanted = len(stacked_nE), sum(sizes)
         raise ValueError(f"{beside} holds {count} embeddings, {path} has {wanted} responses; embed it again")
     return list(stacked_nE.split(list(sizes)))
+
+
+def with_embeddings(path: Path, rows: Sequence[Row]) -> list[tuple[Row, torch.Tensor]]:
+    """Each row of the stage file with its [N, E] block. Raises what read_embeddings raises."""
+    return list(zip(rows, read_embeddings(path, [len(row["responses"]) for row in rows]), strict=True))
 
 
 def write_rows_atomic(

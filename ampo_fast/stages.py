@@ -2,8 +2,9 @@
 
 Rows that the output holds are kept; the rest is computed batch by batch, each batch on disk before the next. Batches
 are a function of the input alone and are redone whole, so that a stage that was stopped and resumed writes, byte for
-byte, what one that was never stopped writes. A sidecar OUTPUT.config.json holds the settings that the stage depends
-on; others are refused. Embeddings beside the input follow the rows.
+byte, what one that was never stopped writes. An engine whose answers do not depend on the batch is asked for the missing
+ones alone, and its groups are on disk as soon as each is finished. A sidecar OUTPUT.config.json holds the settings that
+the stage depends on; others are refused. Embeddings beside the input follow the rows.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from safetensors.torch import load_file
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.engines import make_engine
 from ampo_fast.files import save_tensors, write_atomic, write_json
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts import generation_batches
+from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.sampler import admit_prompts
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
@@ -35,14 +36,16 @@ from ampo_fast.stage_files import (
     embeddings_path,
     group_from_row,
     mark,
-    read_embeddings,
     read_rows,
     row_from_group,
     scored_from_row,
+    with_embeddings,
     write_rewards,
     write_rows_atomic,
 )
 from ampo_fast.types import Prompt
+
+KeepRows = Callable[[Sequence[Row]], None]
 
 _BATCH_PROMPTS = 64
 """Prompts scored, embedded or selected between two writes."""
@@ -88,11 +91,11 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
     batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
     engine = make_engine(config, policy)
 
-    def answer(batch: Sequence[Prompt]) -> list[Row]:
-        return [row_from_group(group) for group in engine.generate(batch, rollout.n, sampling)]
+    def answer(batch: Sequence[Prompt], keep: KeepRows) -> None:
+        engine.generate(batch, rollout.n, sampling, lambda groups: keep(list(map(row_from_group, groups))))
 
     try:
-        return _append("generate", output, prompts, batches, answer)
+        return _append("generate", output, prompts, batches, answer, singly=engine.answers_singly)
     finally:
         engine.close()
 
@@ -102,13 +105,13 @@ def score(config: Config, source: Path, output: Path) -> int:
     rows = _input("score", config, source, output)
     reward_fn = make_reward(config)
 
-    def judge(batch: Sequence[Row]) -> list[Row]:
+    def judge(batch: Sequence[Row], keep: KeepRows) -> None:
         groups = [group_from_row(row, f"{source}, id {row['id']!r}") for row in batch]
         rewards = reward_fn(groups)
         check_missing(groups, rewards, config.reward.max_missing_share)
         for row, group, raw in zip(batch, groups, rewards, strict=True):
             write_rewards(row, score_group(group, raw, torch.empty(0), config))
-        return list(batch)
+        keep(batch)
 
     added = _append("score", output, rows, _batches(rows), judge)
     _copy_embeddings(source, output)
@@ -139,18 +142,17 @@ def select(config: Config, source: Path, output: Path) -> int:
     rows = _input("select", config, source, output)
     if all(response.get("reward") is None for row in rows for response in row["responses"]):
         raise ValueError(f"{source} has no rewards: run `ampo-fast score` on it first")
-    blocks = read_embeddings(source, [len(row["responses"]) for row in rows])
     scored = {
         row["id"]: scored_from_row(row, block, f"{source}, id {row['id']!r}")
-        for row, block in zip(rows, blocks, strict=True)
+        for row, block in with_embeddings(source, rows)
     }
     tolerance = RewardTolerance(config.reward.tol).update(list(scored.values()))
 
-    def choose(batch: Sequence[Row]) -> list[Row]:
+    def choose(batch: Sequence[Row], keep: KeepRows) -> None:
         chosen = select_groups([scored[row["id"]] for row in batch], config, tolerance)
         for row, group in zip(batch, chosen, strict=True):
             mark(row, group)
-        return list(batch)
+        keep(batch)
 
     added = _append("select", output, rows, _batches(rows), choose)
     _copy_embeddings(source, output)
@@ -165,26 +167,35 @@ def _append(
     output: Path,
     items: Sequence[Prompt] | Sequence[Row],
     batches: Sequence[Sequence[Any]],
-    compute: Callable[[Sequence[Any]], list[Row]],
+    compute: Callable[[Sequence[Any], KeepRows], None],
+    singly: bool = False,
 ) -> int:
-    """Computes the batches that the output lacks rows of; leaves the output in the order of `items`."""
+    """Computes the batches that the output lacks rows of; leaves the output in the order of `items`.
+
+    compute hands over rows as they are finished. singly: of a batch only the items that have no row are computed.
+    """
     by_id = {_id(item): item for item in items}
     with RowWriter(output) as writer:
         _check_belongs(writer.rows, by_id, output)
         done = {row["id"] for row in writer.rows}
-        added, before = 0, len(done)
+        before = len(done)
         with TrainingProgress(len(by_id), before, unit="prompt", plain_interval_s=5) as progress:
+
+            def keep(rows: Sequence[Row]) -> None:
+                writer.write_rows([row for row in rows if row["id"] not in done])
+                done.update(row["id"] for row in rows)
+                progress.advance(len(rows))
+
             for batch in batches:
-                missing = {_id(item) for item in batch} - done
+                missing = [item for item in batch if _id(item) not in done]
                 if not missing:
                     continue
-                with progress.phase(stage, total=len(batch)):
-                    rows = [row for row in compute(batch) if row["id"] in missing]
-                    writer.write_rows(rows)
-                added += len(rows)
-                progress.step_done(before + added, {})
+                asked = missing if singly else batch
+                with progress.phase(stage, total=len(asked)):
+                    compute(asked, keep)
+                progress.step_done(len(done), {})
     _put_in_order(output, list(by_id))
-    return added
+    return len(done) - before
 
 
 def _check_belongs(rows: Sequence[Row], by_id: dict[str, Any], output: Path) -> None:
@@ -283,9 +294,7 @@ def _embedded(output: Path, parts: Path) -> dict[str, torch.Tensor]:
     """{digest of a row's texts: [N, E]} of what is already embedded."""
     done: dict[str, torch.Tensor] = {}
     if output.exists() and embeddings_path(output).exists():
-        rows = read_rows(output)
-        blocks = read_embeddings(output, [len(row["responses"]) for row in rows])
-        done |= {_digest(row): block for row, block in zip(rows, blocks, strict=True)}
+        done |= {_digest(row): block for row, block in with_embeddings(output, read_rows(output))}
     for part in sorted(parts.glob("*.safetensors")):
         done |= load_file(part)
     return done

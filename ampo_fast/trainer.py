@@ -28,7 +28,6 @@ from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary
 from ampo_fast.files import write_json
@@ -36,11 +35,12 @@ from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
-from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
-from ampo_fast.rounds import RoundMaker
+from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.replay import ReplayBuffer
+from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.run_dir import open_run_dir
 from ampo_fast.sampler import read_prompts
 from ampo_fast.stage_files import read_rows, write_rows_atomic

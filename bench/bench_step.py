@@ -138,9 +138,9 @@ class OurStep:
 
     def __init__(self, config: Config, k: int) -> None:
         from ampo_fast.embeddings import make_embedder
-        from ampo_fast.engines import make_engine
         from ampo_fast.progress import TrainingProgress
         from ampo_fast.rewards import make_reward
+        from ampo_fast.rollouts.engines import make_engine
         from ampo_fast.update import Updater
 
         select = config.select.model_copy(

@@ -12,12 +12,12 @@ from runs import write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import make_embedder
-from ampo_fast.lookahead import Lookahead
 from ampo_fast.metrics import read_metrics
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import IncompleteBatch, TransformersEngine
-from ampo_fast.rounds import RoundMaker
+from ampo_fast.rollouts.lookahead import Lookahead
+from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trace import TRACE_FILE, Trace, read_spans
@@ -29,23 +29,25 @@ PROMPTS = [prompt(i, f"say {word}") for i, word in enumerate(["tea", "sun", "rai
 
 
 class SlowEngine(TransformersEngine):
-    """Answers on any thread, once `gate` is open, and breaks off after `whole` prompts where that is not None."""
+    """Answers as servers do, on any thread, once `gate` is open; breaks off after `whole` prompts where that is not None."""
 
-    answers_singly = True
+    answers_singly = answers_for_all = True
 
     def __init__(self, policy):
         super().__init__(policy, 64)
         self.gate, self.whole, self.asked = threading.Event(), None, []
         self.threads = set()
 
-    def generate(self, prompts, n, sampling):
+    def generate(self, prompts, n, sampling, keep=None):
         self.threads.add(threading.current_thread().name.rpartition("_")[0])
         assert self.gate.wait(20)
         self.asked.append([prompt.id for prompt in prompts])
-        groups = super().generate(prompts, n, sampling)
+        groups = []
+        for one in prompts[: self.whole]:
+            groups += super().generate([one], n, sampling, keep)
         if self.whole is None:
             return groups
-        raise IncompleteBatch("the server is gone", groups[: self.whole])
+        raise IncompleteBatch("the server is gone")
 
 
 def rounds(engine, policy, folder, steps=3):

@@ -56,6 +56,12 @@ def test_generation_repeats_bit_for_bit(tiny_policy):
     assert runs[0] == runs[1]
 
 
+def test_groups_are_handed_over_once_and_returned(tiny_policy):
+    kept = []
+    assert TransformersEngine(tiny_policy, 3).generate(PROMPTS, 3, Sampling(max_new_tokens=4), kept.extend) == kept
+    assert [group.prompt for group in kept] == PROMPTS
+
+
 def test_a_response_ends_with_its_stop_token_or_is_marked_cut(tiny_policy):
     groups = TransformersEngine(tiny_policy, 64).generate(PROMPTS, 8, Sampling(max_new_tokens=30))
     for candidate in (c for g in groups for c in g.candidates):

@@ -3,6 +3,12 @@
 import hashlib
 import json
 import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +17,12 @@ import torch
 from ampo_fast import stages
 from ampo_fast.config import build_config
 from ampo_fast.report import write_stage_page
+from ampo_fast.rollouts import IncompleteBatch
 from ampo_fast.stage_files import embeddings_path, read_embeddings, read_rows, scored_from_row, write_rows_atomic
 from ampo_fast.types import Candidate, CandidateGroup
+from ampo_fast.vllm import process
 
+HERE = Path(__file__).parent
 N = 4
 
 
@@ -32,13 +41,15 @@ def encode_prompt(messages):
 class FakeEngine:
     """Answers that betray which prompts were answered together: only whole batches redone give the same bytes."""
 
+    answers_singly = False
+
     def __init__(self):
         self.batches, self.is_closed = [], False
 
-    def generate(self, prompts, n, sampling):
+    def generate(self, prompts, n, sampling, keep):
         self.batches.append([prompt.id for prompt in prompts])
         together = "+".join(prompt.id for prompt in prompts)
-        return [
+        keep([
             CandidateGroup(
                 prompt=prompt,
                 prompt_ids=encode_prompt(prompt.messages),
@@ -50,7 +61,7 @@ class FakeEngine:
                 ),
             )
             for prompt in prompts
-        ]
+        ])  # fmt: skip
 
     def close(self):
         self.is_closed = True
@@ -293,6 +304,36 @@ def test_interrupted_embedding_keeps_its_finished_batches(tmp_path, pipeline, fa
     assert stages.embed(make_config(), pipeline["score"], path) == 1  # two batches of two were kept
     assert len(fakes.embedders[-1].texts) == 1
     assert snapshot(path) == whole
+
+
+def test_what_a_server_answered_before_it_died_is_on_disk_and_not_asked_for_again(
+    tmp_path, tiny_model, prompts, monkeypatch
+):
+    monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
+    fake = [sys.executable, str(HERE / "fake_vllm.py"), "--model", str(tiny_model), "--port"]
+    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: [*fake, str(port)])
+    rollout = {"engine": "vllm-server", "max_new_tokens": 6, "batch_rows": 5 * N, "options": {"restarts": 0}}
+    config = make_config(model={"path": str(tiny_model)}, rollout=rollout)
+    undisturbed, broken, log = tmp_path / "undisturbed.jsonl", tmp_path / "broken.jsonl", tmp_path / "answered.log"
+    stages.generate(config, prompts, undisturbed)
+
+    canary, *_, last = [line.split()[1] for line in log.read_text().splitlines()]  # seeds, in the order of the answers
+    log.unlink()
+    (tmp_path / f"fault.hang.{last}").touch()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stages.generate, config, prompts, broken)
+        deadline = time.monotonic() + 60
+        while not broken.exists() or broken.read_bytes().count(b"\n") < 4:
+            assert time.monotonic() < deadline
+            assert not running.done()
+            time.sleep(0.02)
+        os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
+        with pytest.raises(IncompleteBatch, match="4 of 5 prompts were answered, then: no server is left"):
+            running.result(timeout=60)
+    log.unlink()
+    assert stages.generate(config, prompts, broken) == 1
+    assert [line.split()[1] for line in log.read_text().splitlines()] == [canary, last]
+    assert broken.read_bytes() == undisturbed.read_bytes()
 
 
 def test_grown_input_computes_only_what_is_new(pipeline, prompts, fakes):

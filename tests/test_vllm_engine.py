@@ -14,10 +14,10 @@ from builders import config
 from conftest import make_tiny_model
 from runs import torchrun
 
-from ampo_fast.engines import make_engine
 from ampo_fast.metrics import read_metrics
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
+from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.stage_files import read_rows
 from ampo_fast.types import Sampling
 from ampo_fast.vllm.requests import BadAnswer, read_candidate, request_fields

@@ -108,7 +108,7 @@ def test_what_ends_rank_0s_engine_ends_both_ranks_with_its_name(tiny_model, tmp_
 
 
 @pytest.mark.parametrize(
-    "error", [IncompleteBatch("gone", [group(["a"])]), HttpError("away", True), SyncError("stale"), OSError(28, "full")]
+    "error", [IncompleteBatch("gone"), HttpError("away", True), SyncError("stale"), OSError(28, "full")]
 )
 def test_our_errors_reach_other_ranks_as_what_they_are(error):
     received = distributed._portable(error)

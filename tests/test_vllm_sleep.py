@@ -101,7 +101,9 @@ def one_round(engine, policy, version):
     """Samples in two calls, lets the engine rest, trains, syncs; -> what the engine was asked to do meanwhile."""
     calls = engine._llm.calls if engine._llm else []
     before = len(calls)
-    groups = [group for one in PROMPTS for group in engine.generate([one], 3, SAMPLING)]
+    kept = []
+    groups = [group for one in PROMPTS for group in engine.generate([one], 3, SAMPLING, kept.extend)]
+    assert kept == groups
     logp = torch.tensor([value for group in groups for candidate in group.candidates for value in candidate.logp])
     torch.testing.assert_close(response_logp(policy, groups, 100), logp, atol=1e-4, rtol=0)
     engine.rest()

@@ -14,9 +14,9 @@ import torch
 
 from ampo_fast.config import build_config
 from ampo_fast.engine_config import VllmConfig
-from ampo_fast.engines import make_engine
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
+from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.types import Prompt, Sampling
 from ampo_fast.vllm.canary import SyncError
 from ampo_fast.vllm.engine import transfer_api

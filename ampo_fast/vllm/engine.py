@@ -12,6 +12,7 @@ import torch
 from ampo_fast import distributed
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
+from ampo_fast.rollouts import Keep
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
 from ampo_fast.vllm.canary import Canary
@@ -54,15 +55,20 @@ class VllmEngine:
                 self._wake()
                 self._check()
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
+    ) -> list[CandidateGroup]:
         self.start()
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
         fields = [request_fields(self.policy, prompt.id, n, sampling) for prompt in prompts]
         answers = self._complete(encoded, fields)
-        return [
+        groups = [
             CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
             for prompt, prompt_ids, candidates in zip(prompts, encoded, answers, strict=True)
         ]
+        if keep is not None:
+            keep(groups)
+        return groups
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self._llm is None:

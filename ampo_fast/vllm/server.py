@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ampo_fast.engine_config import VllmConfig
 from ampo_fast.files import save_tensors
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.rollouts import IncompleteBatch, Keep
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
 from ampo_fast.vllm.canary import Canary
@@ -58,28 +58,20 @@ class VllmServerEngine:
     # --- rollouts -------------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        sampling: Sampling,
-        keep: Callable[[CandidateGroup], None] | None = None,
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
     ) -> list[CandidateGroup]:
-        """Raises IncompleteBatch, which carries the groups that were finished, when a prompt cannot be answered.
-
-        keep is called on this thread with each group as soon as it is finished.
-        """
+        """Raises IncompleteBatch when a prompt cannot be answered, once all others were answered or given up."""
         self.start()
         with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
             for future in as_completed(futures):
                 if keep is not None and future.exception() is None:
-                    keep(future.result())
+                    keep([future.result()])
         errors = [future.exception() for future in futures]
         failed = next((error for error in errors if error is not None), None)
         if failed is None:
             return [future.result() for future in futures]
-        finished = [future.result() for future, error in zip(futures, errors, strict=True) if error is None]
-        raise IncompleteBatch(f"{len(finished)} of {len(prompts)} prompts were answered, then: {failed}", finished)
+        raise IncompleteBatch(f"{errors.count(None)} of {len(prompts)} prompts were answered, then: {failed}")
 
     def _answer(self, prompt: Prompt, n: int, sampling: Sampling) -> CandidateGroup:
         prompt_ids = self.policy.encode_prompt(prompt.messages)
@@ -236,7 +228,7 @@ class VllmServerEngine:
         return self.canary.metrics
 
     def close(self) -> None:
-        """Also while another thread generates: it is told of the failure, with what was finished until then."""
+        """Also while another thread generates: that is told of the failure, and has kept what was finished until then."""
         self._is_closed = True
         atexit.unregister(self.close)
         for replica in self.replicas:

@@ -17,14 +17,15 @@ from ampo_fast.packing import balanced_shares
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
+Keep = Callable[[Sequence[CandidateGroup]], None]
+
 
 class RolloutEngine(Protocol):
     version: int
     answers_singly: bool
     """Whether a prompt's answers do not depend on the batch it is in: then a broken batch is not repeated whole."""
     answers_for_all: bool
-    """Whether rank 0's engine answers every rank's prompts, in one call: its generate takes `keep` besides, which is called
-    with each group as soon as that is finished, and the other ranks' engines are asked for nothing."""
+    """Whether rank 0's engine answers every rank's prompts, in one call; the other ranks' engines are asked for nothing."""
     sync_metrics: Mapping[str, float]
     """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
 
@@ -33,8 +34,14 @@ class RolloutEngine(Protocol):
         call it together, as they do load_weights: what one meets all raise."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
-        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling."""
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
+    ) -> list[CandidateGroup]:
+        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling.
+
+        keep is called on this thread with groups as soon as they are finished, with each group once: where generate
+        raises, keep has what was finished before. In-process engines finish all groups of a call together.
+        """
         ...
 
     def rest(self) -> None:
@@ -47,11 +54,7 @@ class RolloutEngine(Protocol):
 
 
 class IncompleteBatch(ConnectionError):
-    """Some prompts of a batch could not be answered; `finished` holds the groups of those that were."""
-
-    def __init__(self, message: str, finished: Sequence[CandidateGroup] = ()) -> None:
-        super().__init__(message)
-        self.finished = list(finished)
+    """Some prompts of a batch could not be answered; those that were have been kept."""
 
 
 def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
@@ -84,16 +87,24 @@ def shared_answers(
     return distributed.dealt_by_main(deal)
 
 
-class DataEngine:
-    """Offline: the candidates are the responses that came with the data, tokenised once."""
+class LocalEngine:
+    """What the engines share that need the policy alone: ready as they are made, with nothing to give back."""
 
-    answers_singly = True
+    answers_singly = False
     answers_for_all = False
     sync_metrics: Mapping[str, float] = MappingProxyType({})
+    version = 0
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.version = 0
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
+    ) -> list[CandidateGroup]:
+        groups = self._groups(prompts, n, sampling)
+        if keep is not None:
+            keep(groups)
+        return groups
+
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+        raise NotImplementedError
 
     def start(self) -> None:
         pass
@@ -101,7 +112,22 @@ class DataEngine:
     def rest(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+class DataEngine(LocalEngine):
+    """Offline: the candidates are the responses that came with the data, tokenised once."""
+
+    answers_singly = True
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
 
     def _group(self, prompt: Prompt, max_new_tokens: int) -> CandidateGroup:
@@ -115,14 +141,8 @@ class DataEngine:
         prompt_ids = self.policy.encode_prompt(prompt.messages)
         return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
 
-    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version
 
-    def close(self) -> None:
-        pass
-
-
-class TransformersEngine:
+class TransformersEngine(LocalEngine):
     """Samples in this process: no server, and bit-for-bit repeatable on a CPU. With one rank the policy is the trainer's
     own module; with more, a replica that load_weights refreshes.
 
@@ -130,20 +150,9 @@ class TransformersEngine:
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
     """
 
-    answers_singly = False
-    answers_for_all = False
-    sync_metrics: Mapping[str, float] = MappingProxyType({})
-
     def __init__(self, policy: Policy, batch_rows: int) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
-        self.version = 0
-
-    def start(self) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = self.policy.model.state_dict()
@@ -152,10 +161,7 @@ class TransformersEngine:
                 own[name].copy_(tensor)
         self.version = version
 
-    def close(self) -> None:
-        pass
-
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         encoded = [self.policy.encode_prompt(prompt.messages) for prompt in prompts]
         completed = self.complete(encoded, [prompt.id for prompt in prompts], n, sampling)
         return [

@@ -11,24 +11,24 @@ from pathlib import Path
 from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
-from ampo_fast.lookahead import Lookahead
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
-from ampo_fast.rollouts import IncompleteBatch, RolloutEngine, rank_batches, shared_answers
+from ampo_fast.rollouts import RolloutEngine, rank_batches, shared_answers
+from ampo_fast.rollouts.lookahead import Lookahead
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import (
     RowWriter,
     group_from_row,
     raw_rewards,
-    read_embeddings,
     read_rows,
     selected_from_row,
+    with_embeddings,
     write_rows_atomic,
 )
 from ampo_fast.trace import Trace
-from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup, SelectedGroup
+from ampo_fast.types import CandidateGroup, Prompt, ScoredGroup, SelectedGroup
 
 
 class RoundMaker:
@@ -166,9 +166,7 @@ class RoundMaker:
             path = self._path(index)
             if not path.is_file():
                 raise ValueError(f"{path} is missing: rollout.replay draws from every round; use another --run.name")
-            rows = read_rows(path)
-            embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
-            return [selected_from_row(row, embedding) for row, embedding in zip(rows, embeddings, strict=True)]
+            return [selected_from_row(row, embedding) for row, embedding in with_embeddings(path, read_rows(path))]
 
         return distributed.on_main(read)
 
@@ -177,10 +175,9 @@ class RoundMaker:
         rows = read_rows(path)
         if [row["id"] for row in rows] != [prompt.id for prompt in self.sampler.round(index)]:
             raise ValueError(f"{path} holds other prompts than this round's; was the data changed since the run began?")
-        embeddings = read_embeddings(path, [len(row["responses"]) for row in rows])
         return [
             score_group(group_from_row(row), raw_rewards(row), embedding, self.config)
-            for row, embedding in zip(rows, embeddings, strict=True)
+            for row, embedding in with_embeddings(path, rows)
         ]
 
     # --- one round's sampling -------------------------------------------------------------------------------------
@@ -210,8 +207,8 @@ class RoundMaker:
     def _generate(
         self, index: int, batches: Sequence[Sequence[Prompt]], advance: Callable[[int], None] = lambda count: None
     ) -> list[CandidateGroup]:
-        """Candidates for this rank's prompts, kept on disk batch by batch so that a killed run repeats at most one batch
-        (of an engine that answers for all: nothing that was finished).
+        """Candidates for this rank's prompts, on disk as the engine finishes them, so that a killed run repeats nothing that
+        was finished (of an engine whose answers depend on their batch: at most one batch).
 
         advance is told of prompts as they are answered.
         """
@@ -219,34 +216,20 @@ class RoundMaker:
         mine = [prompt for batch in batches for prompt in batch]
         with RowWriter(self._partial(index)) as writer:
             done = writer.groups(mine)
+
+            def keep(groups: Sequence[CandidateGroup]) -> None:
+                fresh = {group.prompt.id: group for group in groups if group.prompt.id not in done}
+                writer.write(list(fresh.values()))
+                done.update(fresh)
+                advance(len(groups))
+
             for batch in batches:
                 missing = [prompt for prompt in batch if prompt.id not in done]
                 asked = missing if self.engine.answers_singly or not missing else batch
                 advance(len(batch) - len(asked))
                 if asked:
-                    groups = self._answers(asked, sampling, writer, advance)
-                    done |= {group.prompt.id: group for group in groups}
+                    self.engine.generate(asked, self.config.rollout.n, sampling, keep)
         return [done[prompt.id] for prompt in mine]
-
-    def _answers(
-        self, prompts: Sequence[Prompt], sampling: Sampling, writer: RowWriter, advance: Callable[[int], None]
-    ) -> list[CandidateGroup]:
-        """The engine's groups, written down; also those of a batch that it could not finish."""
-
-        def keep(groups: Sequence[CandidateGroup]) -> None:
-            writer.write(groups)
-            advance(len(groups))
-
-        n = self.config.rollout.n
-        if self.engine.answers_for_all:
-            return self.engine.generate(prompts, n, sampling, keep=lambda group: keep([group]))
-        try:
-            groups = self.engine.generate(prompts, n, sampling)
-        except IncompleteBatch as failure:
-            keep(failure.finished)
-            raise
-        keep(groups)
-        return groups
 
 
 def _in_order(parts: Sequence[Sequence[ScoredGroup]], prompts: Sequence[Prompt]) -> list[ScoredGroup]:

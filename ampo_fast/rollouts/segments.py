@@ -5,14 +5,13 @@ Nobody judges: the given answer is the better one. The writer is the moving refe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import torch
 
 from ampo_fast.random_streams import stream_seed
-from ampo_fast.rollouts import DataEngine, TransformersEngine
+from ampo_fast.rollouts import DataEngine, LocalEngine, TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 GIVEN, REWRITTEN = 1.0, 0.0
@@ -30,24 +29,16 @@ def cut_segment(length: int, tokens: int, seed: int) -> tuple[int, int]:
     return begin, begin + size
 
 
-class SegmentEngine:
-    """A RolloutEngine whose groups are (given answer, the answer with a segment of at most `tokens` tokens written anew)."""
+class SegmentEngine(LocalEngine):
+    """A RolloutEngine whose groups are (given answer, the answer with a segment of at most `tokens` tokens written anew).
 
-    answers_singly = False
-    answers_for_all = False
-    sync_metrics: Mapping[str, float] = MappingProxyType({})
+    The writer shares the trainer's modules: it is handed no weights.
+    """
 
     def __init__(self, given: DataEngine, writer: TransformersEngine, tokens: int) -> None:
         self.given, self.writer, self.tokens = given, writer, tokens
-        self.version = 0
 
-    def start(self) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
-
-    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
+    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
         """Two candidates a prompt, whatever n: a pure function of the writer's weights, prompts and sampling."""
         groups = self.given.generate([_best_alone(prompt) for prompt in prompts], 1, sampling)
         cuts = [self._cut(group, sampling) for group in groups]
@@ -80,12 +71,6 @@ class SegmentEngine:
             finish_reason="stop" if has_ended else "length",
             version=self.version,
         )
-
-    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version  # the writer shares the trainer's modules
-
-    def close(self) -> None:
-        pass
 
 
 def _best_alone(prompt: Prompt) -> Prompt:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from ampo_fast import distributed
-from ampo_fast.rollouts import RolloutEngine
+from ampo_fast.rollouts import Keep, RolloutEngine
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
 
 
@@ -27,11 +27,7 @@ class MainEngine:
         distributed.on_main(lambda: self._own.start())
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        sampling: Sampling,
-        keep: Callable[[CandidateGroup], None] | None = None,
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
     ) -> list[CandidateGroup]:
         """Rank 0's alone, on any thread: no other rank takes part."""
         return self._own.generate(prompts, n, sampling, keep)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.engine_config import VllmConfig, read_options
-from ampo_fast.main_engine import MainEngine
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine
-from ampo_fast.segments import SegmentEngine
+from ampo_fast.rollouts.main_engine import MainEngine
+from ampo_fast.rollouts.segments import SegmentEngine
 from ampo_fast.vllm.engine import VllmEngine
 from ampo_fast.vllm.server import VllmServerEngine
 

@@ -1,0 +1,39 @@
+"""Rollouts: prompts in, groups of candidates out, each with its own log-probs and policy version. What is in here:
+
+    decoding     what an engine is, and those that need the policy alone
+    engines      which engine a config names
+    main_engine  rank 0's engine, as every rank sees it
+    segments     SAPO's pairs: a given answer, and the same with a segment written anew
+    rounds       a round's groups: sampled, scored, selected, written down
+    lookahead    the next round, made while this one is trained on
+    replay       the buffer that a round's groups join and are drawn from
+
+The engines of vLLM are in ampo_fast.vllm. The names below can be had from the package itself; they are loaded on first use,
+so that importing one module imports no other.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "RolloutEngine": "decoding",
+    "Keep": "decoding",
+    "IncompleteBatch": "decoding",
+    "LocalEngine": "decoding",
+    "DataEngine": "decoding",
+    "TransformersEngine": "decoding",
+    "generation_batches": "decoding",
+    "rank_batches": "decoding",
+    "shared_answers": "decoding",
+    "sample_tokens": "decoding",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ampo_fast.rollouts' has no attribute {name!r}")
+    value = getattr(import_module(f"ampo_fast.rollouts.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
