@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from ampo_fast.config import Count, Positive, Section, Share
+from ampo_fast.config import Count, Positive, Section, Share, problem_lines
 from ampo_fast.urls import checked_url, is_loopback
 
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -92,13 +92,4 @@ def read_options(schema: type[AnySection], values: Mapping[str, Any], field: str
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_describe(problem, schema, field) for problem in error.errors()]
-        raise ValueError("\n".join(lines)) from None
-
-
-def _describe(problem: Any, schema: type[Section], field: str) -> str:
-    key = ".".join([field, *map(str, problem["loc"])])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}; known: {', '.join(schema.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if problem["loc"] else message
+        raise ValueError("\n".join(problem_lines(error, schema, f"{field}."))) from None

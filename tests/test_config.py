@@ -99,6 +99,13 @@ def test_sections_must_agree(sections, message):
         build_config(MINIMAL | sections)
 
 
+@pytest.mark.parametrize("kind", ["data", "data:helpfulness"])
+def test_given_ratings_do_not_rate_new_answers(kind):
+    with pytest.raises(ValueError, match=rf"eval\.reward = '{kind}': .*answered anew.*name a scorer: relevance"):
+        build_config(MINIMAL | {"eval": {"reward": kind}})
+    assert build_config(MINIMAL | {"eval": {"reward": "database:judge"}}).eval.reward == "database:judge"
+
+
 def test_offline_needs_no_n_above_k():
     config = build_config(MINIMAL | {"rollout": {"engine": "data", "n": 2}, "reward": {"kind": "data"}})
     assert config.select.k == 7

@@ -1,17 +1,11 @@
-"""The whole configuration, typed: one section per stage, read from TOML and `--section.field value` overrides.
-
-Imports neither torch nor transformers, so that `--help` and `--print-config` answer at once.
-"""
+"""The sections of a run's configuration, one per stage, and what they must agree on."""
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ampo_fast.types import Sampling
 
@@ -152,6 +146,11 @@ class RolloutConfig(Section):
         )
 
 
+def is_given(kind: str) -> bool:
+    """Whether a kind of reward is what came with the data."""
+    return kind == "data" or kind.startswith("data:")
+
+
 class RewardConfig(Section):
     kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "relevance",
@@ -179,7 +178,7 @@ class RewardConfig(Section):
     @property
     def is_given(self) -> bool:
         """Whether a reward comes with the data: it exists for the data's own responses alone."""
-        return any(kind == "data" or kind.startswith("data:") for kind in self.kinds)
+        return any(map(is_given, self.kinds))
 
 
 class EmbedConfig(Section):
@@ -252,6 +251,16 @@ class EvalConfig(Section):
         None, description="Stop when KL to the start (nats per token) passes this."
     )
     patience: Count = Field(0, description="Stop after this many evaluations without a better reward; 0: never.")
+
+    @field_validator("reward")
+    @classmethod
+    def _check_reward(cls, reward: str | None) -> str | None:
+        if reward is not None and is_given(reward):
+            raise ValueError(
+                "held-out prompts are answered anew, and the data rates no such answer; name a scorer: relevance, "
+                "classifier:PATH, http(s)://URL or MODULE:FUNCTION"
+            )
+        return reward
 
 
 class CheckpointConfig(Section):
@@ -338,109 +347,3 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
-
-
-def field_paths(section: type[Section] = Config, prefix: str = "", is_full: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yields ("section.field", FieldInfo) for every visible field; a section within a section is one, like model.lora.
-
-    is_full: also the advanced ones and those of inner sections.
-    """
-    for name, info in section.model_fields.items():
-        is_section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-        if is_section and (is_full or not prefix):
-            yield from field_paths(info.annotation, f"{prefix}{name}.", is_full)
-        elif is_full or info.json_schema_extra != ADVANCED:
-            yield f"{prefix}{name}", info
-
-
-def recipe_path(name: str) -> Path:
-    """The path of a TOML file, or of a recipe that ships in the package (`quickstart`)."""
-    path = Path(name)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise ValueError(f"config file {name} does not exist")
-        return path
-    # Not importlib.resources: under an editable install its path is two directories at once, not one on disk.
-    recipes = Path(__file__).parent / "recipes"
-    known = sorted(entry.stem for entry in recipes.glob("*.toml"))
-    if name not in known:
-        raise ValueError(f"no config file or recipe {name!r}; recipes: {', '.join(known)}")
-    return recipes / f"{name}.toml"
-
-
-def load_config(name: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
-    """Reads a TOML file or recipe, applies `--section.field value` pairs, and validates once against `schema`.
-
-    Raises ValueError with every problem in one message: field, value got, and the nearest name for an unknown key.
-    """
-    path = recipe_path(name)
-    with path.open("rb") as file:
-        try:
-            values = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: {error}") from None
-    for key, value in parse_overrides(overrides):
-        _set(values, key, value)
-    return build_config(values, source=str(path), schema=schema)
-
-
-def build_config(values: dict[str, Any], source: str = "config", schema: type[Section] = Config) -> Any:
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        lines = [_describe(problem, schema) for problem in error.errors()]
-        raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
-
-
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """["--optim.lr", "1e-6", "--run.name=a"] -> [("optim.lr", 1e-6), ("run.name", "a")]."""
-    pairs, rest = [], list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or "." not in flag:
-            raise ValueError(f"expected --section.field value, got {flag!r}")
-        key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"{flag} needs a value")
-            text = rest.pop(0)
-        pairs.append((key, _parse_value(text, flag)))
-    return pairs
-
-
-def _parse_value(text: str, flag: str) -> Any:
-    """A TOML value where it reads as one (numbers, true, [lists], {tables}), else the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        if text.startswith(("{", "[")):
-            raise ValueError(
-                f"{flag} {text}: no TOML value ({error}); lists are [1, 2], tables {{beta = 0.1}}"
-            ) from None
-        return text
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"--{key}: {parent} is a value, not a section")
-    values[last] = value
-
-
-def _describe(problem: Any, schema: type[Section]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        if schema is not Config and any(f"{path}.".startswith(f"{key}.") for path, _ in field_paths(is_full=True)):
-            return f"unknown key {key}: `ampo-fast train` alone reads it; leave it out"
-        names = [path for path, _ in field_paths(schema, is_full=True)] + list(schema.model_fields)
-        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return f"unknown key {key}{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key} = {problem['input']!r}: {message}"
-        if key and problem["type"] != "missing"
-        else f"{key} {message}".strip()
-    )

@@ -1,0 +1,66 @@
+"""The whole configuration, typed: its sections, and how they are read.
+
+Imports neither torch nor transformers, so that `--help` and `--print-config` answer at once.
+"""
+
+from ampo_fast.config.reading import (
+    build_config,
+    field_paths,
+    load_config,
+    parse_overrides,
+    problem_lines,
+    recipe_path,
+)
+from ampo_fast.config.sections import (
+    ADVANCED,
+    BaseModelConfig,
+    BaseOptimConfig,
+    CheckpointConfig,
+    Config,
+    Count,
+    DataConfig,
+    EmbedConfig,
+    EvalConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    Positive,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    SelectConfig,
+    Share,
+)
+
+__all__ = [
+    "ADVANCED",
+    "BaseModelConfig",
+    "BaseOptimConfig",
+    "CheckpointConfig",
+    "Config",
+    "Count",
+    "DataConfig",
+    "EmbedConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Positive",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "SelectConfig",
+    "Share",
+    "build_config",
+    "field_paths",
+    "load_config",
+    "parse_overrides",
+    "problem_lines",
+    "recipe_path",
+]
