@@ -50,14 +50,17 @@ class VllmConfig(Section):
     )
     enforce_eager: bool = Field(False, description="No CUDA graphs or compilation: starts faster, samples slower.")
     start_timeout_s: Seconds = Field(600.0, description="Until a started server answers.")
-    request_timeout_s: Seconds = Field(600.0, description="One prompt's candidates.")
-    sync_timeout_s: Seconds = Field(300.0, description="One transfer of the weights.")
-    attempts: Positive = Field(5, description="Tries per prompt, over all servers, before the run stops.")
+    request_timeout_s: Seconds = Field(
+        600.0,
+        description="One prompt's candidates; a prompt is asked again at least for so long while servers are away.",
+    )
+    sync_timeout_s: Seconds = Field(300.0, description="One transfer of the weights, with its repetitions.")
+    attempts: Positive = Field(5, description="Least tries per prompt, over all servers, before the run stops.")
     restarts: Count = Field(1, description="Times that each started server may be started again in a run.")
     canary_tol: Annotated[float, Field(gt=0.0)] | None = Field(
         None,
         description="Mean |engine - trainer| log-prob allowed after a sync, in nats; default 0.001 where both compute in "
-        "float32, else 0.05.",
+        "float32 (on CUDA 0.01), else 0.15.",
     )
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_SHOWN = 400
+_CHUNK_BYTES = 1 << 16
 _LONGEST_WAIT_S = 20.0
 
 
@@ -30,7 +33,8 @@ class HttpError(ConnectionError):
 
 
 class JsonClient:
-    """One server. `post` and `get` return the decoded body, or raise HttpError within timeout_s of the server's silence."""
+    """One server. `post` and `get` return the decoded body, or raise HttpError: after timeout_s of silence, and when an
+    answer that trickles in is not whole by then."""
 
     def __init__(self, base_url: str, key: str | None = None, timeout_s: float = 60.0) -> None:
         self.base_url = checked_url(base_url)
@@ -50,17 +54,39 @@ class JsonClient:
         url = self.base_url + path
         request = urllib.request.Request(url, data=data, headers=self._headers, method=method)
         try:
-            with self._opener.open(request, timeout=timeout_s or self.timeout_s) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            shown = error.read(_MAX_SHOWN).decode(errors="replace")
-            raise HttpError(f"{method} {url}: HTTP {error.code}: {shown}", error.code in _PASSING) from None
+            status, text = self._exchange(request, timeout_s or self.timeout_s)
         except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, resets, torn answers
             raise HttpError(f"{method} {url}: {getattr(error, 'reason', error)!r}", True) from None
+        if status >= 300:
+            shown = text[:_MAX_SHOWN].decode(errors="replace")
+            raise HttpError(f"{method} {url}: HTTP {status}: {shown}", status in _PASSING)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError:
             raise HttpError(f"{method} {url}: the answer is not JSON: {text[:_MAX_SHOWN]!r}", True) from None
+
+    def _exchange(self, request: urllib.request.Request, timeout_s: float) -> tuple[int, bytes]:
+        """(status, body)"""
+        deadline = time.monotonic() + timeout_s
+        try:
+            answer = self._opener.open(request, timeout=timeout_s)
+        except urllib.error.HTTPError as refusal:
+            answer = refusal
+        with answer:
+            return answer.status, _read(answer, deadline)
+
+
+def _read(answer: Any, deadline: float) -> bytes:
+    """The whole body. Raises TimeoutError past the deadline: a socket's own timeout begins anew with every byte."""
+    parts = []
+    while part := answer.read1(_CHUNK_BYTES):
+        parts.append(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no whole answer in time, {sum(map(len, parts))} bytes of it")
+    body = b"".join(parts)
+    if answer.length:  # read1, unlike read, does not mind an end that comes too early
+        raise http.client.IncompleteRead(body, answer.length)
+    return body
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -70,10 +96,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def retried(call: Callable[[], Any], attempts: int) -> Any:
-    """call(), repeated with growing random pauses while it raises a passing HttpError; the last error is raised."""
+def retried(call: Callable[[], Any], attempts: int, at_least_s: float = 0.0, at_most_s: float = math.inf) -> Any:
+    """call(), repeated with growing random pauses while it raises a passing HttpError; the last error is raised.
+
+    It ends after `attempts` calls or, where that is later, after at_least_s; in any case after at_most_s.
+    """
+    enough = tenacity.stop_all(tenacity.stop_after_attempt(attempts), tenacity.stop_after_delay(at_least_s))
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(attempts),
+        stop=tenacity.stop_any(enough, tenacity.stop_after_delay(at_most_s)),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S),
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, HttpError) and error.is_passing),
         before_sleep=lambda state: log.warning("retrying: %s", state.outcome.exception()),

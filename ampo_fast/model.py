@@ -45,6 +45,7 @@ class Policy(nn.Module):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source
+        self.trust_remote_code = config.trust_remote_code
         self.lora = config.lora if config.lora.rank else None
         self.compute_dtype = getattr(torch, config.dtype)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

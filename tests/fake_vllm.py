@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,14 +21,21 @@ from ampo_fast.model import Policy
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
-HERE = Path(os.environ.get("FAKE_VLLM_DIR", "no faults"))
 NOBODY = Prompt(id="-", messages=())
+
+
+def here():
+    return Path(os.environ.get("FAKE_VLLM_DIR", "no faults"))
 
 
 class Server:
     def __init__(self, model):
-        self.policy = Policy.load(ModelConfig(path=model))
+        self.model = model
         self.lock = threading.Lock()
+        self.load()
+
+    def load(self):
+        self.policy = Policy.load(ModelConfig(path=self.model))
 
     def completions(self, body):
         with self.lock:
@@ -64,7 +72,8 @@ class Server:
 
     def reload(self, path):
         if not take("stale"):
-            self.policy.model.load_state_dict(load_file(Path(path) / "model.safetensors"))
+            tensors = [load_file(file) for file in Path(path).glob("*.safetensors")]
+            self.policy.model.load_state_dict({name: value for part in tensors for name, value in part.items()})
         return {"results": [None]}
 
 
@@ -73,7 +82,7 @@ def take(kind, seed=None):
     if seed is not None and take(f"{kind}.{seed}"):
         return True
     try:
-        (HERE / f"fault.{kind}").rename(HERE / f"taken.{kind}.{time.monotonic_ns()}")
+        (here() / f"fault.{kind}").rename(here() / f"taken.{kind}.{time.monotonic_ns()}")
     except FileNotFoundError:
         return False
     return True
@@ -81,13 +90,16 @@ def take(kind, seed=None):
 
 class Handler(BaseHTTPRequestHandler):
     server_state: Server
+    logprobs_mode = "processed_logprobs"
+    max_model_len = None
 
     def do_GET(self):
         if self.path.startswith("/server_info"):
-            mode = "raw_logprobs" if take("raw") else "processed_logprobs"
+            mode = "raw_logprobs" if take("raw") else self.logprobs_mode
             env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": take("insecure")}
             return self.reply(200, {"vllm_config": {"model_config": {"logprobs_mode": mode}}, "vllm_env": env})
-        return self.reply(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else None)
+        models = {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+        return self.reply(200, models if self.path == "/v1/models" else None)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
@@ -99,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
                 os.killpg(0, signal.SIGKILL)
             if take("stall_in_sync"):
                 time.sleep(600)
+            if take("busy_reload"):
+                return self.reply(503, {"error": "busy"})
             return self.reply(200, self.server_state.reload(body["kwargs"]["weights_path"]))
         if self.path == "/reset_prefix_cache":
             return self.reply(200, {"success": not take("keeps_cache")})
@@ -107,15 +121,29 @@ class Handler(BaseHTTPRequestHandler):
             os.killpg(0, signal.SIGKILL)
         if is_sampling and take("hang", body["seed"]):
             time.sleep(600)
-        if is_sampling and take("busy"):
+        if "prompt_logprobs" in body and take("die_score"):
+            os.killpg(0, signal.SIGKILL)
+        if take("busy" if is_sampling else "busy_score"):
             return self.reply(503, {"error": "busy"})
+        if is_sampling and take("start_again"):
+            return self.start_again()
         answer = self.server_state.completions(body)
         if is_sampling and take("garbage"):
             answer["choices"][0]["token_ids"] = answer["choices"][0]["token_ids"][:-1]
+        if is_sampling and take("other_prompt"):
+            answer["choices"][0]["prompt_token_ids"] = [1, 2, 3]
         if is_sampling:
-            with (HERE / "answered.log").open("a") as log:
+            with (here() / "answered.log").open("a") as log:
                 log.write(f"{os.getpid()} {body['seed']}\n")
         return self.reply(200, answer)
+
+    def start_again(self):
+        """Breaks this request off, and answers the next ones from the weights that it began with."""
+        with self.server_state.lock:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.5)  # a start takes longer than a broken connection takes to be noticed
+            self.server_state.load()
 
     def reply(self, code, body):
         data = b"" if body is None else json.dumps(body).encode()
@@ -132,11 +160,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--port", type=int)
-    arguments = parser.parse_args()
+    parser.add_argument("--host", default="0.0.0.0")  # as vLLM's: everybody
+    parser.add_argument("--logprobs-mode", default="raw_logprobs")
+    parser.add_argument("--max-model-len", type=int)
+    arguments, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     Handler.server_state = Server(arguments.model)
+    Handler.logprobs_mode, Handler.max_model_len = arguments.logprobs_mode, arguments.max_model_len
     ThreadingHTTPServer.daemon_threads = True
-    ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+    ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -197,6 +197,15 @@ def test_broken_toml_names_the_file(tmp_path):
         load_config(str(path))
 
 
+def test_a_context_that_the_response_alone_fills_is_refused():
+    minimal = {"data": {"train": "t.jsonl"}, "model": {"path": "m"}}
+    rollout = {"engine": "vllm-server", "max_new_tokens": 512, "options": {"max_model_len": 512}}
+    with pytest.raises(ValueError, match=r"rollout\.options\.max_model_len = 512 .*rollout\.max_new_tokens = 512"):
+        build_config(minimal | {"rollout": rollout})
+    build_config(minimal | {"rollout": rollout | {"options": {"max_model_len": 513}}})
+    build_config(minimal | {"rollout": rollout | {"options": {"max_model_len": 0}}})
+
+
 def test_unknown_recipe_lists_the_known():
     with pytest.raises(ValueError, match=r"no config file or recipe 'nope'; recipes: .*quickstart"):
         recipe_path("nope")

@@ -25,6 +25,7 @@ LEVELS = [
      "rollouts.decoding", "rollouts.engines", "rollouts.lookahead", "rollouts.main_engine", "rollouts.replay",
      "rollouts.rounds", "rollouts.segments",
      "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",
+     "vllm.weight_files",
      "reward_model.checkpoint", "reward_model.classifier_settings", "reward_model.data", "reward_model.evaluation",
      "reward_model.frozen_blocks", "reward_model.mean_pooling", "reward_model.model", "reward_model.text"},
     {"report", "preview", "stages", "inspect_rows"},

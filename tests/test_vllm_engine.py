@@ -20,7 +20,7 @@ from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.stage_files import read_rows
 from ampo_fast.types import Sampling
-from ampo_fast.vllm.requests import BadAnswer, read_candidate, request_fields
+from ampo_fast.vllm.requests import BadAnswer, answer_room, read_candidate, request_fields
 
 HERE = Path(__file__).parent
 SMOLLM = "package:smollm2-135m-instruct"
@@ -156,10 +156,10 @@ def test_half_precision_stays_within_its_tolerance(model, dtype, limit, tmp_path
     ("trainer", "engine", "computes_in", "tolerance"),
     [
         ("float32", None, torch.float32, 0.001),
-        ("bfloat16", None, torch.bfloat16, 0.05),
-        ("bfloat16", "float16", torch.float16, 0.05),
-        ("bfloat16", "float32", torch.float32, 0.05),
-        ("float32", "float16", torch.float16, 0.05),
+        ("bfloat16", None, torch.bfloat16, 0.15),
+        ("bfloat16", "float16", torch.float16, 0.15),
+        ("bfloat16", "float32", torch.float32, 0.15),
+        ("float32", "float16", torch.float16, 0.15),
     ],
 )
 def test_the_engine_may_compute_in_a_type_of_its_own(tiny_model, trainer, engine, computes_in, tolerance):
@@ -217,17 +217,26 @@ def test_a_request_states_everything_that_shapes_the_distribution(tiny_policy):
         ([20, 21], [-1.0, 2.0], "length", "log-probs"),
         ([20, 21], [-1.0, -1.0], "stop", "end-of-turn"),
         ([1, 21], [-1.0, -1.0], "length", "end-of-turn"),
+        ([20, 21, 22], [-1.0] * 3, "length", "3 tokens where the limit is 2"),
+        ([20, 21, 1], [-1.0] * 3, "stop", "3 tokens where the limit is 2"),
+        ([20], [-1.0], "length", "1 tokens where the limit is 2"),
     ],
 )
 def test_answers_that_contradict_themselves_are_refused(tiny_policy, tokens, logp, reason, match):
     with pytest.raises(BadAnswer, match=match):
-        read_candidate(tiny_policy, tokens, logp, reason, 0)
+        read_candidate(tiny_policy, tokens, logp, reason, room=2, version=0)
 
 
 def test_a_whole_answer_is_read(tiny_policy):
     stop = tiny_policy.stop_ids[0]
-    candidate = read_candidate(tiny_policy, [20, 21, stop], [-1.0, -0.1234567, 0.0], "stop", 7)
+    candidate = read_candidate(tiny_policy, [20, 21, stop], [-1.0, -0.1234567, 0.0], "stop", room=8, version=7)
     assert candidate.token_ids == (20, 21, stop)
     assert candidate.logp == (-1.0, -0.123457, 0.0)
     assert candidate.content == tiny_policy.decode([20, 21])
     assert (candidate.finish_reason, candidate.version) == ("stop", 7)
+
+
+def test_an_answer_may_be_cut_where_the_context_ends():
+    assert answer_room(range(5), 8, None) == 8
+    assert answer_room(range(5), 8, 13) == 8
+    assert answer_room(range(5), 8, 12) == 7

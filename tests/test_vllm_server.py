@@ -1,16 +1,22 @@
 """The vllm-server engine against real server processes that are killed, hang, lie and refuse; no vllm is needed here."""
 
+import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_vllm
 import pytest
 import torch
 from builders import prompt
@@ -20,10 +26,11 @@ from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.evaluation import response_logp
 from ampo_fast.http_client import HttpError
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.rollouts import IncompleteBatch, stream_seed
 from ampo_fast.types import Sampling
 from ampo_fast.vllm import process
 from ampo_fast.vllm.canary import SyncError
+from ampo_fast.vllm.replica import Replica
 from ampo_fast.vllm.server import VllmServerEngine
 from ampo_fast.weight_sync import push_weights
 
@@ -38,10 +45,12 @@ def policy(tiny_model):
 
 
 @pytest.fixture
-def make(policy, tiny_model, tmp_path, monkeypatch):
-    """Engines on fake servers; everything they start is ended."""
+def make(policy, tmp_path, monkeypatch):
+    """Engines on fake servers, started with the command that starts real ones; everything they start is ended."""
     monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
-    monkeypatch.setattr(process, "serve_command", lambda *a: lambda port: fake_command(tiny_model, port))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setattr(process, "find_spec", lambda name: name)
+    monkeypatch.setattr(process, "_entry_point", lambda model: ["fake_vllm", "--model", model])
     engines = []
 
     def build(**options):
@@ -54,8 +63,38 @@ def make(policy, tiny_model, tmp_path, monkeypatch):
         engine.close()
 
 
-def fake_command(model, port):
-    return [sys.executable, str(HERE / "fake_vllm.py"), "--model", str(model), "--port", str(port)]
+class Running:
+    """Somebody's servers, on threads of this process."""
+
+    def __init__(self, model):
+        self.model, self.servers = str(model), []
+
+    def start(self, port=0, **settings):
+        """-> its URL"""
+        handler = type("Handler", (fake_vllm.Handler,), settings | {"server_state": fake_vllm.Server(self.model)})
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    def stop(self):
+        """The newest; -> its port"""
+        server = self.servers.pop()
+        server.shutdown()
+        server.server_close()
+        return server.server_port
+
+    def start_again(self):
+        self.start(self.stop())
+
+
+@pytest.fixture
+def running(tiny_model, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    running = Running(tiny_model)
+    yield running
+    while running.servers:
+        running.stop()
 
 
 def nudge(policy, scale=0.01):
@@ -65,7 +104,10 @@ def nudge(policy, scale=0.01):
 
 
 def answered(tmp_path):
-    return (tmp_path / "answered.log").read_text().splitlines()
+    """[pid, seed] of each answered request for a prompt: those of the canary are left out."""
+    seeds = {str(stream_seed(SAMPLING.seed, SAMPLING.step, one.id) >> 1) for one in PROMPTS}
+    lines = (line.split() for line in (tmp_path / "answered.log").read_text().splitlines())
+    return [[pid, seed] for pid, seed in lines if seed in seeds]
 
 
 def assert_whole(groups, policy, version=0):
@@ -87,7 +129,7 @@ def test_groups_are_the_policys_and_follow_every_sync(make, policy, tmp_path):
         assert engine.sync_metrics["sync/logp_difference"] < 1e-3
         assert engine.sync_metrics["sync/logp_change"] > 1e-2
         assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, version)
-    assert len(list(engine._sync_dir.iterdir())) == 1  # only the newest weights are kept
+    assert list(engine._files.newest.parent.iterdir()) == [engine._files.newest]  # only the newest weights are kept
 
 
 def test_stale_weights_stop_the_run_with_both_values(make, policy, tmp_path):
@@ -123,7 +165,7 @@ def test_a_cache_that_is_not_emptied_is_asked_again(make, policy, tmp_path):
     assert list(tmp_path.glob("taken.keeps_cache.*"))
 
 
-@pytest.mark.parametrize("fault", ["die", "hang", "busy", "garbage"])
+@pytest.mark.parametrize("fault", ["die", "hang", "busy", "garbage", "other_prompt"])
 def test_a_fault_during_generation_costs_no_group(make, policy, tmp_path, fault):
     engine = make(request_timeout_s=8 if fault == "hang" else 20)
     nudge(policy)
@@ -134,6 +176,8 @@ def test_a_fault_during_generation_costs_no_group(make, policy, tmp_path, fault)
     assert list(tmp_path.glob(f"taken.{fault}.*"))
     if fault in ("busy", "hang"):  # what was answered is not asked for again
         assert len(answered(tmp_path)) == before + len(PROMPTS)
+    if fault in ("garbage", "other_prompt"):
+        assert len(answered(tmp_path)) == before + len(PROMPTS) + 1
     assert engine.replicas[0].generation == (1 if fault == "die" else 0)
 
 
@@ -148,10 +192,127 @@ def test_a_fault_during_the_sync_ends_in_the_new_version(make, policy, tmp_path,
     assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_server_that_dies_between_the_weights_and_the_canary_does_not_end_the_run(make, policy, tmp_path, restarts):
+    engine = make(replicas=2, restarts=restarts)
+    engine.generate(PROMPTS[:1], 3, SAMPLING)
+    (tmp_path / "fault.die_score").touch()
+    nudge(policy)
+    push_weights(policy, engine, 1)
+    assert list(tmp_path.glob("taken.die_score.*"))
+    assert sum(replica.generation for replica in engine.replicas) == restarts
+    assert [replica.is_lost for replica in engine.replicas].count(True) == 1 - restarts
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+
+
+@pytest.mark.parametrize("fault", ["busy_score", "busy", "busy_reload"])
+def test_a_server_that_is_busy_for_a_moment_of_the_sync_is_asked_again(make, policy, running, tmp_path, fault):
+    engine = make(base_urls=(running.start(),), attempts=2, sync_timeout_s=60)
+    push_weights(policy, engine, 0)
+    nudge(policy)
+    (tmp_path / f"fault.{fault}").touch()
+    push_weights(policy, engine, 1)
+    assert list(tmp_path.glob(f"taken.{fault}.*"))
+    assert not engine.replicas[0].is_lost
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+
+
+def test_a_running_server_that_is_away_in_a_sync_is_left_out_until_it_is_back(make, policy, running):
+    engine = make(base_urls=(running.start(), running.start()), attempts=2)
+    push_weights(policy, engine, 0)
+    port = running.stop()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 0)
+    nudge(policy)
+    push_weights(policy, engine, 1)
+    assert [replica.is_lost for replica in engine.replicas] == [False, True]
+    running.start(port)
+    push_weights(policy, engine, 2)
+    assert [replica.is_lost for replica in engine.replicas] == [False, False]
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 2)
+
+
+def test_when_all_running_servers_are_away_in_a_sync_the_error_says_why(make, policy, running):
+    engine = make(base_urls=(running.start(), running.start()), attempts=1)
+    push_weights(policy, engine, 0)
+    running.stop()
+    running.stop()
+    with pytest.raises(HttpError, match=r"(?s)no server is left: .*refused.*refused"):
+        push_weights(policy, engine, 1)
+
+
+def test_a_running_server_that_came_back_with_other_weights_gets_ours_before_it_is_asked(make, policy, running):
+    engine = make(base_urls=(running.start(),))
+    nudge(policy, 0.05)
+    push_weights(policy, engine, 1)
+    running.start_again()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+
+
+def test_what_a_running_server_answers_after_a_start_in_between_counts_only_with_our_weights(
+    make, policy, running, tmp_path
+):
+    engine = make(base_urls=(running.start(),))
+    nudge(policy, 0.05)
+    push_weights(policy, engine, 1)
+    (tmp_path / "fault.start_again").touch()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+    assert engine.replicas[0].generation == 1
+
+
+def test_a_running_server_that_came_back_and_does_not_take_our_weights_stops_the_run(make, policy, running, tmp_path):
+    engine = make(base_urls=(running.start(),))
+    nudge(policy, 0.05)
+    push_weights(policy, engine, 1)
+    running.start_again()
+    (tmp_path / "fault.stale").touch()
+    with pytest.raises(SyncError, match=r"http://127\.0\.0\.1:\d+: .* differ by"):
+        engine.generate(PROMPTS, 3, SAMPLING)
+    assert engine.replicas[0].generation == 1  # once, not for each prompt
+
+
+def test_a_running_server_is_waited_for_whatever_the_number_of_attempts(make, policy, running):
+    engine = make(base_urls=(running.start(),), attempts=1, request_timeout_s=60)
+    push_weights(policy, engine, 0)
+    port = running.stop()
+    threading.Timer(1.0, running.start, (port,)).start()
+    assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
+
+
+TOO_SHORT = r"max_model_len.* = 256: .* takes 2\d\d tokens; set it to 2\d\d or more"
+
+
+def test_a_context_too_short_for_the_canary_is_refused_before_anything_is_started(make):
+    with pytest.raises(ValueError, match=TOO_SHORT):
+        make(max_model_len=256)
+
+
+def test_a_running_server_whose_context_is_too_short_for_the_canary_is_refused(make, running):
+    engine = make(base_urls=(running.start(max_model_len=256),))
+    with pytest.raises(ValueError, match=TOO_SHORT):
+        engine.start()
+
+
+def test_a_score_without_numbers_names_the_server():
+    rows = [None, {"7": {"logprob": None}}]
+    client = SimpleNamespace(post=lambda path, body: {"choices": [{"prompt_logprobs": rows}]})
+    with pytest.raises(HttpError, match=r"server-0 scored with garbage: .*log-probs that are none"):
+        Replica("server-0", VllmConfig(), client=client).score([3], [7])
+
+
+def test_requests_go_to_the_least_busy_server_and_to_another_after_a_failure(make):
+    engine = make(replicas=3)
+    first, second, third = engine.replicas
+    assert [engine._pick() for _ in range(6)] == [first, second, third] * 2
+    second.in_flight = 0
+    assert [engine._pick() for _ in range(2)] == [second] * 2
+    second.in_flight, second.failures = 0, 1
+    assert [engine._pick() for _ in range(2)] == [first, third]
+
+
 def test_with_two_replicas_and_one_lost_the_other_answers(make, policy, tmp_path):
     engine = make(replicas=2, restarts=0)
     engine.generate(PROMPTS, 3, SAMPLING)
-    assert len({line.split()[0] for line in answered(tmp_path)}) == 2
+    assert len({pid for pid, _ in answered(tmp_path)}) == 2
     (tmp_path / "fault.die").touch()
     assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy)
     assert [replica.is_lost for replica in engine.replicas].count(True) == 1
@@ -309,6 +470,33 @@ def test_insecure_serialisation_is_never_passed_on(make, monkeypatch):
     assert b"INSECURE" not in environment
     command = Path(f"/proc/{engine.replicas[0].process.group}/cmdline").read_bytes()
     assert engine.replicas[0].process._key.encode() not in command  # anybody may read a command line
+
+
+def flags(engine):
+    """The command line that the engine's first server really runs with, as {flag: what follows it}."""
+    group = engine.replicas[0].process.group
+    words = Path(f"/proc/{group}/cmdline").read_text().split("\0")
+    return {word: after for word, after in itertools.pairwise(words) if word.startswith("--")}
+
+
+def test_a_started_server_runs_with_every_flag_that_the_answers_depend_on(make):
+    engine = make(enforce_eager=True, max_model_len=512)
+    engine.start()
+    given = flags(engine)
+    assert given["--host"] == "127.0.0.1"
+    assert given["--logprobs-mode"] == "processed_logprobs"
+    assert given["--generation-config"] == "vllm"
+    assert given["--dtype"] == "float32"
+    assert json.loads(given["--hf-overrides"]) == {"head_dtype": "float32"}
+    assert given["--max-model-len"] == "512"
+    assert given.keys() >= {"--enable-prefix-caching", "--enforce-eager"}
+    assert "--trust-remote-code" not in given
+
+
+def test_code_that_comes_with_the_model_is_run_by_a_server_only_where_it_was_asked_for(make, policy):
+    policy.trust_remote_code = True
+    (server,) = make().replicas
+    assert "--trust-remote-code" in server.process._command(8000)
 
 
 def test_a_server_of_several_devices_splits_its_model(monkeypatch):

@@ -23,9 +23,10 @@ ALL = {"weights", "kv_cache"}
 class SleepyLLM:
     """Has a model of its own, and refuses what vLLM could not do with the memory that it has at the moment."""
 
-    def __init__(self, model, enable_sleep_mode, **_):
+    def __init__(self, model, enable_sleep_mode, **given):
         self.server, self.can_sleep = Server(model), enable_sleep_mode
-        self.awake, self.calls = set(ALL), []
+        self.awake, self.calls, self.given = set(ALL), [], given
+        self.model_config = SimpleNamespace(max_model_len=512)
 
     def sleep(self, level):
         assert self.can_sleep
@@ -155,3 +156,16 @@ def test_a_gpu_forgets_the_weights_by_default_and_a_cpu_refuses(make, policy):
     assert sleep_level(VllmConfig(sleep_level=0), "cpu") == 0
     with pytest.raises(ValueError, match=r"rollout\.options\.sleep_level = 1: .* a cpu; set it to 0"):
         VllmEngine(policy, VllmConfig(sleep_level=1), "float32")
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_code_that_comes_with_the_model_is_run_only_where_it_was_asked_for(make, policy, is_trusted):
+    policy.trust_remote_code = is_trusted
+    engine = make(0)
+    engine.start()
+    assert engine._llm.given["trust_remote_code"] is is_trusted
+
+
+def test_a_context_too_short_for_the_canary_is_refused_before_anything_is_started(policy):
+    with pytest.raises(ValueError, match=r"rollout\.options\.max_model_len = 256: "):
+        VllmEngine(policy, VllmConfig(max_model_len=256), "float32")

@@ -329,6 +329,13 @@ class Config(Section):
                 f'rollout.engine = "{self.rollout.engine}" shares its cores or GPU; set rollout.engine = "vllm-server" or '
                 "rollout.max_staleness = 0"
             )
+        context = self.rollout.options.get("max_model_len")
+        if isinstance(context, int) and 0 < context <= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.options.max_model_len = {context} is for prompt and response together, and "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt; raise the first or lower "
+                "the second"
+            )
         return self
 
     @property

@@ -6,6 +6,7 @@
     process    one server that we started: its command, its life, its last words
     lifeline   ends a server with whoever started it
     transfer   weights from GPU to GPU through vLLM's own API
+    weight_files  weights as files, gone with whoever wrote them
     requests   what both engines ask for, and what counts as an answer
     canary     whether an engine samples from the weights that are trained
 

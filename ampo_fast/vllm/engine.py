@@ -19,6 +19,8 @@ from ampo_fast.vllm.canary import Canary
 from ampo_fast.vllm.requests import (
     HEAD_IN_FLOAT32,
     BadAnswer,
+    answer_room,
+    checked_logp,
     computes_prompts_whole,
     read_candidate,
     request_fields,
@@ -41,6 +43,7 @@ class VllmEngine:
         self.policy, self.options, self.dtype = policy, options, dtype
         self.version = 0
         self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(policy, dtype))
+        self.canary.check_room(options.max_model_len, "rollout.options.max_model_len")
         self.sleep_level = sleep_level(options, policy.device.type)
         self._is_asleep = False
         self._vllm = _import_vllm()
@@ -125,6 +128,7 @@ class VllmEngine:
         self._llm = self._vllm.LLM(
             model=self.policy.source,
             dtype=self.dtype,
+            trust_remote_code=self.policy.trust_remote_code,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             hf_overrides=HEAD_IN_FLOAT32,
@@ -149,22 +153,25 @@ class VllmEngine:
         params = [self._vllm.SamplingParams(**field, detokenize=False) for field in fields]
         outputs = self._llm.generate(self._tokens(prompts), params, use_tqdm=False)
         answers = []
-        for output, field in zip(outputs, fields, strict=True):
+        for prompt, output, field in zip(prompts, outputs, fields, strict=True):
             if len(output.outputs) != field["n"]:
                 raise BadAnswer(f"vllm gave {len(output.outputs)} completions where {field['n']} were asked for")
-            answers.append([self._candidate(part) for part in sorted(output.outputs, key=lambda part: part.index)])
+            room = answer_room(prompt, field["max_tokens"], self._llm.model_config.max_model_len)
+            answers.append(
+                [self._candidate(part, room) for part in sorted(output.outputs, key=lambda part: part.index)]
+            )
         return answers
 
-    def _candidate(self, part: Any) -> Candidate:
+    def _candidate(self, part: Any, room: int) -> Candidate:
         logp = [row[token].logprob for token, row in zip(part.token_ids, part.logprobs, strict=True)]
-        return read_candidate(self.policy, list(part.token_ids), logp, part.finish_reason, self.version)
+        return read_candidate(self.policy, list(part.token_ids), logp, part.finish_reason, room, self.version)
 
     def _score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
         """Log-probs of the response after the prompt, at temperature 1."""
         params = self._vllm.SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate(self._tokens([(*prompt_ids, *response_ids)]), params, use_tqdm=False)
         rows = output.prompt_logprobs[len(prompt_ids) :]
-        return [row[token].logprob for row, token in zip(rows, response_ids, strict=True)]
+        return checked_logp([row[token].logprob for row, token in zip(rows, response_ids, strict=True)])
 
     def _tokens(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
         return [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]

@@ -144,7 +144,9 @@ def server_environment() -> dict[str, str]:
     }
 
 
-def serve_command(model: str, dtype: str, options: VllmConfig, device: str | None) -> Callable[[int], list[str]]:
+def serve_command(
+    model: str, dtype: str, options: VllmConfig, device: str | None, trust_remote_code: bool
+) -> Callable[[int], list[str]]:
     """port -> the `vllm serve` command, the model split over the devices. Raises ValueError where vllm is not installed."""
     if find_spec("vllm") is None:
         raise ValueError(
@@ -160,6 +162,7 @@ def serve_command(model: str, dtype: str, options: VllmConfig, device: str | Non
         *(["--max-model-len", str(options.max_model_len)] if options.max_model_len else []),
         *(["--tensor-parallel-size", str(num_devices)] if num_devices > 1 else []),
         *(["--no-enable-chunked-prefill"] if computes_prompts_whole() else []),
+        *(["--trust-remote-code"] if trust_remote_code else []),
         *(["--enforce-eager"] if options.enforce_eager else []),
         *(["--weight-transfer-config", json.dumps({"backend": "nccl"})] if options.transfer == "nccl" else []),
     ]  # fmt: skip
@@ -176,11 +179,15 @@ def _entry_point(model: str) -> list[str]:
     return ["vllm.entrypoints.cli.main", "serve", model]
 
 
-def make_processes(model: str, dtype: str, options: VllmConfig) -> Sequence[VllmProcess]:
+def make_processes(
+    model: str, dtype: str, options: VllmConfig, trust_remote_code: bool = False
+) -> Sequence[VllmProcess]:
     """The servers that rollout.options asks for, not yet started."""
     devices = options.devices or (None,) * options.replicas
     return [
-        VllmProcess(f"vllm-server-{i}", serve_command(model, dtype, options, device), options, device)
+        VllmProcess(
+            f"vllm-server-{i}", serve_command(model, dtype, options, device, trust_remote_code), options, device
+        )
         for i, device in enumerate(devices)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from ampo_fast.model import Policy
 from ampo_fast.types import Candidate
 from ampo_fast.vllm.engine import transfer_api
 from ampo_fast.vllm.process import VllmProcess
-from ampo_fast.vllm.requests import BadAnswer, read_candidate
+from ampo_fast.vllm.requests import BadAnswer, answer_room, checked_logp, read_candidate
 from ampo_fast.vllm.transfer import Weights, WeightTransfer
 
 _PROBE_TIMEOUT_S = 5.0
@@ -33,20 +34,34 @@ class Replica:
         # Only a file outlives a sync: a server that comes back finds no weights where they went from GPU to GPU.
         self.restarts_left = options.restarts if process and options.transfer == "file" else 0
         self.is_lost = False
+        self.suspicions = self.cleared = 0
+        """How often somebody's server may have been started again, with other weights than ours, and how many of these times
+        are known to have been harmless."""
+        self.cause: Exception | None = None
+        """What it was repaired or lost for."""
         self.generation = 0
         """How often it was started again: a failure of an earlier life calls for no second restart."""
+        self.max_model_len: int | None = None
         self.repair_lock = threading.Lock()
         self._model = "policy"
         self._transfer: WeightTransfer | None = None
 
     def start(self) -> None:
+        """Starts a server of ours; of any, learns its model. Raises ValueError where somebody's is not fit to sample from."""
         if self.process is not None:
             self.client = self.process.start()
-            return
         served = retried(lambda: self.client.get("/v1/models", timeout_s=_PROBE_TIMEOUT_S), self.options.attempts)
-        info = retried(lambda: self.client.get("/server_info?config_format=json"), self.options.attempts)
         try:
             self._model = served["data"][0]["id"]
+            self.max_model_len = served["data"][0].get("max_model_len")
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            raise HttpError(f"{self.name} does not describe itself as a vLLM server: {error!r}", False) from None
+        if self.process is None:
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        info = retried(lambda: self.client.get("/server_info?config_format=json"), self.options.attempts)
+        try:
             mode = info["vllm_config"]["model_config"]["logprobs_mode"]
             is_insecure = info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
         except (TypeError, KeyError, IndexError, AttributeError) as error:
@@ -71,13 +86,12 @@ class Replica:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(fields["n"])):
                 raise BadAnswer(f"{len(choices)} completions where {fields['n']} were asked for")
-            echoed = choices[0].get("prompt_token_ids")
-            if echoed is not None and list(echoed) != list(prompt_ids):
+            if any(choice.get("prompt_token_ids") not in (None, list(prompt_ids)) for choice in choices):
                 raise BadAnswer("the completions are of another prompt")
+            room = answer_room(prompt_ids, fields["max_tokens"], self.max_model_len)
+            read = functools.partial(read_candidate, policy, room=room, version=version)
             return [
-                read_candidate(
-                    policy, choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"], version
-                )
+                read(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
                 for choice in choices
             ]
         except (BadAnswer, KeyError, TypeError, AttributeError) as error:
@@ -90,8 +104,8 @@ class Replica:
         answer = self.client.post("/v1/completions", body)
         try:
             rows = answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :]
-            return [row[str(token)]["logprob"] for row, token in zip(rows, response_ids, strict=True)]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            return checked_logp([row[str(token)]["logprob"] for row, token in zip(rows, response_ids, strict=True)])
+        except (BadAnswer, KeyError, TypeError, IndexError, ValueError) as error:
             raise HttpError(f"{self.name} scored with garbage: {error!r}", True) from None
 
     def load(self, weights: Path) -> None:
@@ -124,7 +138,8 @@ class Replica:
         return True
 
     def last_words(self) -> str:
-        return f"; its output ends:\n{self.process.output_tail()}" if self.process is not None else ""
+        cause = f": {self.cause}" if self.cause is not None else ""
+        return cause + (f"; its output ends:\n{self.process.output_tail()}" if self.process is not None else "")
 
     def close(self) -> None:
         if self.process is not None:

@@ -49,11 +49,17 @@ def request_fields(policy: Policy, prompt_id: str, n: int, sampling: Sampling) -
     }
 
 
+def answer_room(prompt_ids: Sequence[int], max_tokens: int, max_model_len: int | None) -> int:
+    """Tokens that an answer may have: vLLM cuts without a word where prompt and answer reach max_model_len."""
+    return min(max_tokens, max_model_len - len(prompt_ids)) if max_model_len else max_tokens
+
+
 def read_candidate(
-    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None, version: int
+    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None, room: int, version: int
 ) -> Candidate:
-    """A checked candidate. Raises BadAnswer where tokens, log-probs and finish reason contradict each other."""
-    wrong = _what_is_wrong(policy, token_ids, logp, finish_reason)
+    """A checked candidate; room: answer_room. Raises BadAnswer where tokens, log-probs and finish reason contradict each
+    other or what was asked for."""
+    wrong = _what_is_wrong(policy, token_ids, logp, finish_reason, room)
     if wrong:
         raise BadAnswer(f"{wrong} (finish_reason {finish_reason!r}, tokens {list(token_ids)[:8]}...)")
     # Six decimals, as the transformers engine: what a rollout file holds is then exactly what training sees.
@@ -66,17 +72,30 @@ def read_candidate(
     )
 
 
+def checked_logp(logp: Sequence[float]) -> list[float]:
+    """The log-probs as they are. Raises BadAnswer where one is none."""
+    if not _are_logp(logp):
+        raise BadAnswer(f"log-probs that are none ({list(logp)[:8]}...)")
+    return list(logp)
+
+
+def _are_logp(logp: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) and value <= 1e-4 for value in logp)
+
+
 def _what_is_wrong(
-    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None
+    policy: Policy, token_ids: Sequence[int], logp: Sequence[float], finish_reason: str | None, room: int
 ) -> str | None:
     if finish_reason not in ("stop", "length"):
         return "the completion was broken off"
     if not token_ids or len(logp) != len(token_ids):
         return f"{len(token_ids)} tokens with {len(logp)} log-probs"
+    if len(token_ids) > room or (finish_reason == "length" and len(token_ids) < room):
+        return f"{len(token_ids)} tokens where the limit is {room}"
     vocab = policy.head.weight.shape[0]
     if not all(isinstance(token, int) and 0 <= token < vocab for token in token_ids):
         return f"token ids outside the vocabulary of {vocab}"
-    if not all(isinstance(value, int | float) and math.isfinite(value) and value <= 1e-4 for value in logp):
+    if not _are_logp(logp):
         return "log-probs that are none"
     stops = [token in policy.stop_ids for token in token_ids]
     if any(stops[:-1]) or stops[-1] != (finish_reason == "stop"):

@@ -1,34 +1,35 @@
 """rollout.engine = "vllm-server": vLLM servers over HTTP, one or several, that may die, hang or answer garbage.
 
 A prompt is one request. A failed one goes back to the queue and to another server; a server of ours that died or hangs is
-started again, given the newest weights and checked, before it is asked again.
+started again, given the newest weights and checked, before it is asked again. Somebody's server may have been started again
+by them: it shows that it still has our weights before its answers count.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from ampo_fast.engine_config import VllmConfig
-from ampo_fast.files import save_tensors
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
 from ampo_fast.rollouts import IncompleteBatch, Keep
-from ampo_fast.types import CandidateGroup, Prompt, Sampling
+from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
-from ampo_fast.vllm.canary import Canary
+from ampo_fast.vllm.canary import Canary, SyncError
 from ampo_fast.vllm.process import ServerDied, make_processes
 from ampo_fast.vllm.replica import Replica
 from ampo_fast.vllm.requests import request_fields
+from ampo_fast.vllm.weight_files import WeightFiles
 from ampo_fast.weight_sync import named_weights
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,10 @@ class VllmServerEngine:
         self.policy, self.options = policy, options
         self.version = 0
         self.canary = Canary(policy, options.canary_tol or canary.default_tolerance(policy, dtype))
+        self.canary.check_room(options.max_model_len, "rollout.options.max_model_len")
         self.compute_dtype = getattr(torch, dtype)
         self.replicas = _replicas(policy, options, dtype)
-        self._weights: Path | None = None
-        self._sync_dir: Path | None = None
+        self._files = WeightFiles(options.sync_dir, self.compute_dtype)
         self._is_started = self._is_closed = False
         self._pick_lock = threading.Lock()
         atexit.register(self.close)
@@ -62,6 +63,9 @@ class VllmServerEngine:
     ) -> list[CandidateGroup]:
         """Raises IncompleteBatch when a prompt cannot be answered, once all others were answered or given up."""
         self.start()
+        for replica in self.replicas:
+            replica.failures = 0  # who failed in an earlier round is asked again
+            replica.suspicions += replica.process is None
         with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
             for future in as_completed(futures):
@@ -71,6 +75,9 @@ class VllmServerEngine:
         failed = next((error for error in errors if error is not None), None)
         if failed is None:
             return [future.result() for future in futures]
+        for error in errors:
+            if isinstance(error, SyncError):
+                raise error
         raise IncompleteBatch(f"{errors.count(None)} of {len(prompts)} prompts were answered, then: {failed}")
 
     def _answer(self, prompt: Prompt, n: int, sampling: Sampling) -> CandidateGroup:
@@ -79,19 +86,29 @@ class VllmServerEngine:
 
         def ask() -> CandidateGroup:
             replica = self._pick()
-            life = replica.generation
             try:
-                candidates = replica.complete(self.policy, prompt_ids, fields, self.version)
-            except HttpError as error:
-                self._failed(replica, life, error)
-                raise
+                candidates = self._candidates(replica, prompt_ids, fields)
             finally:
                 with self._pick_lock:
                     replica.in_flight -= 1
             replica.failures = 0
             return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
 
-        return retried(ask, self.options.attempts)
+        return retried(ask, self.options.attempts, at_least_s=self.options.request_timeout_s)
+
+    def _candidates(self, replica: Replica, prompt_ids: Sequence[int], fields: dict[str, Any]) -> list[Candidate]:
+        """One server's answer, of our weights for certain. Raises HttpError, and SyncError where it cannot have them."""
+        self._clear_suspicion(replica)
+        life = replica.generation
+        try:
+            candidates = replica.complete(self.policy, prompt_ids, fields, self.version)
+        except HttpError as error:
+            self._failed(replica, life, error)
+            raise
+        self._clear_suspicion(replica)  # another request may have failed meanwhile
+        if replica.generation != life:
+            raise HttpError(f"{replica.name} was started again while it answered", True)
+        return candidates
 
     def _pick(self) -> Replica:
         """The least failing, then least busy server that is not lost. Raises HttpError once the engine is closed."""
@@ -114,10 +131,47 @@ class VllmServerEngine:
         if not error.is_passing or self._is_closed:
             return
         replica.failures += 1
+        replica.suspicions += replica.process is None
         with replica.repair_lock:
             if replica.generation == life and not replica.is_lost and replica.process and not replica.is_healthy():
                 log.warning("%s failed (%s)", replica.name, error)
+                replica.cause = error
                 self._repair(replica)
+
+    def _clear_suspicion(self, replica: Replica) -> None:
+        """A suspect scores the canary's fixed response again; where it has lost our weights it gets them again."""
+        failures = replica.failures
+        if replica.cleared == replica.suspicions:
+            return
+        with replica.repair_lock:
+            suspicions = replica.suspicions
+            if replica.cleared == suspicions:
+                return
+            if replica.is_lost or replica.failures > failures:
+                raise HttpError(f"{replica.name} failed while others waited for it", True)
+            try:
+                fixed_logp = replica.score(self.canary.prompt_ids, self.canary.response_ids)
+                if not self.canary.is_as_checked(replica.name, fixed_logp):
+                    self._hand_over_again(replica)
+            except HttpError:
+                replica.failures += 1
+                raise
+            except SyncError as error:
+                replica.is_lost, replica.cause = True, error
+                raise
+            replica.cleared = suspicions
+
+    def _hand_over_again(self, replica: Replica) -> None:
+        replica.generation += 1  # before: no answer of the other weights may count
+        if self._files.newest is None:
+            raise SyncError(
+                f"{replica.name} has lost our weights: was it started again? Only a file can hand them over again: set "
+                'rollout.options.transfer = "file"'
+            )
+        log.warning("%s has lost our weights (was it started again?) and gets them again", replica.name)
+        replica.start()
+        replica.load(self._files.newest)
+        self._check(replica, with_samples=False)
 
     def _repair(self, replica: Replica) -> None:
         """Starts a server of ours again with the newest weights, or gives it up. The caller holds its repair_lock."""
@@ -127,8 +181,8 @@ class VllmServerEngine:
             replica.process.kill()
             try:
                 replica.start()
-                if self._weights is not None:
-                    replica.load(self._weights)
+                if self._files.newest is not None:
+                    replica.load(self._files.newest)
                 self._check(replica, with_samples=False)
             except (ServerDied, HttpError) as error:
                 log.warning("%s did not come back: %s", replica.name, error)
@@ -151,17 +205,18 @@ class VllmServerEngine:
         hand_over = self._hand_over if self.options.transfer == "nccl" else self._hand_over_files
         self.canary.renew()
         hand_over(version, named_tensors)
-        for replica in self._usable():
-            self._check(replica)
+        self._check_all()
         self.version = version
 
     def _hand_over(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         weights = list(named_tensors)  # the trainer's own: nothing is copied
         for replica in self._usable():
-            replica.receive(version, weights, self.compute_dtype)
+            self._step(replica, functools.partial(replica.receive, version, weights, self.compute_dtype))
 
     def _hand_over_files(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        before, self._weights = self._weights, self._write(version, named_tensors)
+        before = self._files.write(version, named_tensors)
+        for replica in self.replicas:  # somebody's server that was away may be back
+            replica.is_lost = replica.is_lost and replica.process is not None
         usable = self._usable()
         with ThreadPoolExecutor(len(usable)) as pool:
             list(pool.map(self._load, usable))
@@ -169,35 +224,47 @@ class VllmServerEngine:
             shutil.rmtree(before, ignore_errors=True)
 
     def _load(self, replica: Replica) -> None:
-        """Loads the newest weights into one server; one of ours that dies or stalls is started again with them."""
-        try:
-            replica.load(self._weights)
-        except HttpError as error:
+        def load() -> None:
             if replica.process is None:
-                raise HttpError(f"{replica.name} did not take the weights: {error}", False) from None
-            log.warning("%s did not take the weights: %s", replica.name, error)
+                replica.start()  # it may be another one than at the last sync
+            replica.load(self._files.newest)
+
+        self._step(replica, lambda: self._again(replica, load, self.options.sync_timeout_s))
+
+    def _step(self, replica: Replica, step: Callable[[], None]) -> None:
+        """A step of the sync with one server. One of ours that fails is started again, with the weights and a check;
+        somebody's is left out until the next sync."""
+        try:
+            step()
+        except HttpError as error:
+            log.warning("%s failed in the sync: %s", replica.name, error)
+            replica.cause = error
+            if replica.process is None:
+                replica.is_lost = True
+                return
             with replica.repair_lock:
                 self._repair(replica)
 
+    def _again(self, replica: Replica, call: Callable[[], Any], at_most_s: float) -> Any:
+        """call(), repeated while it fails in passing: longer where nobody but another could start the only server again."""
+        is_only = replica.process is None and len(self.replicas) == 1
+        return retried(call, self.options.attempts, at_least_s=at_most_s if is_only else 0.0, at_most_s=at_most_s)
+
+    def _check_all(self) -> None:
+        for replica in self._usable():
+            self._step(replica, functools.partial(self._check, replica))
+        self._usable()
+
     def _check(self, replica: Replica, with_samples: bool = True) -> None:
-        prompt_ids = self.canary.prompt_ids
-        fixed_logp = replica.score(prompt_ids, self.canary.response_ids)
+        prompt_ids, timeout_s = self.canary.prompt_ids, self.options.request_timeout_s
+        self.canary.check_room(replica.max_model_len, f"max_model_len of {replica.name}")
+        fixed_logp = self._again(replica, lambda: replica.score(prompt_ids, self.canary.response_ids), timeout_s)
         samples = []
         if with_samples:
             fields = request_fields(self.policy, "canary", canary.NUM_SAMPLES, canary.SAMPLING)
-            samples = replica.complete(self.policy, prompt_ids, fields, self.version)
+            ask = functools.partial(replica.complete, self.policy, prompt_ids, fields, self.version)
+            samples = self._again(replica, ask, timeout_s)
         self.canary.check(replica.name, fixed_logp, samples)
-
-    def _write(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
-        """One directory with every tensor by name, a tied head beside its embedding: vLLM keeps a stale head otherwise."""
-        if self._sync_dir is None:
-            parent = self.options.sync_dir or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
-            self._sync_dir = Path(tempfile.mkdtemp(prefix="ampo-fast-weights-", dir=parent))
-        folder = self._sync_dir / f"version_{version:06d}"
-        folder.mkdir(exist_ok=True)
-        tensors = {name: tensor.to(self.compute_dtype, copy=True).cpu() for name, tensor in named_tensors}
-        save_tensors(folder / "model.safetensors", tensors)
-        return folder
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -220,8 +287,7 @@ class VllmServerEngine:
             self._sync(self.version, named_weights(self.policy))
             return
         self.canary.renew()
-        for replica in self.replicas:
-            self._check(replica)
+        self._check_all()
 
     @property
     def sync_metrics(self) -> dict[str, float]:
@@ -233,9 +299,7 @@ class VllmServerEngine:
         atexit.unregister(self.close)
         for replica in self.replicas:
             replica.close()
-        if self._sync_dir is not None:
-            shutil.rmtree(self._sync_dir, ignore_errors=True)
-            self._sync_dir = None
+        self._files.close()
 
 
 def _replicas(policy: Policy, options: VllmConfig, dtype: str) -> list[Replica]:
@@ -243,5 +307,5 @@ def _replicas(policy: Policy, options: VllmConfig, dtype: str) -> list[Replica]:
         key = os.environ.get(options.key_env)
         clients = [JsonClient(url, key, options.request_timeout_s) for url in options.base_urls]
         return [Replica(client.base_url, options, client=client) for client in clients]
-    processes = make_processes(policy.source, dtype, options)
+    processes = make_processes(policy.source, dtype, options, policy.trust_remote_code)
     return [Replica(process.name, options, process=process) for process in processes]
