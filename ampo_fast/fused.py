@@ -19,7 +19,14 @@ from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
-from ampo_fast.validation import check_finite, check_head, check_logprobs, check_offsets, check_vector
+from ampo_fast.validation import (
+    check_finite,
+    check_first_order,
+    check_head,
+    check_logprobs,
+    check_offsets,
+    check_vector,
+)
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
@@ -64,7 +71,8 @@ def fused_linear_group_loss(
             a CPU, 4096 to 8192 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
     Returns:
-        (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
+        (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly (but has no second derivative);
+            and detached statistics.
     Raises:
         ValueError: arguments that do not fit, mode="frozen" with a trainable weight; on a CPU also targets out of range
             and NaN logits.
@@ -233,6 +241,7 @@ class _GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        check_first_order("fused_linear_group_loss")
         scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None)
 

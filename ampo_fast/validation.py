@@ -84,6 +84,18 @@ def check_logprobs(logp_R: torch.Tensor) -> None:
         )
 
 
+def check_first_order(op: str) -> None:
+    """Raises RuntimeError inside a backward whose result is to be differentiated again (create_graph=True).
+
+    autograd's once_differentiable would leave the second derivative out, in silence, where the upstream gradient is a constant,
+    as a loss's is, or where another path reaches the inputs.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has no second derivative: call backward without create_graph, or take ampo_fast.reference's plain torch"
+        )
+
+
 def check_head(
     hidden_RD: torch.Tensor,
     weight_VD: torch.Tensor,

@@ -24,7 +24,14 @@ from ampo_fast.losses.stats import (
     mean_output,
     segment_sum,
 )
-from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector, checks_values
+from ampo_fast.validation import (
+    check_choice,
+    check_finite,
+    check_first_order,
+    check_offsets,
+    check_vector,
+    checks_values,
+)
 
 _CHOICES = {
     "score": ("avg", "sum"),
@@ -175,6 +182,7 @@ class _TritonContrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream_B: torch.Tensor):
+        check_first_order('group_contrastive_loss of impl "triton"')
         (grad_M,) = ctx.saved_tensors
         return grad_M * upstream_B[ctx.group_M], None, None
 
@@ -274,7 +282,7 @@ def group_contrastive_loss(
         eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS). "budgeted"
             (with eos_budget) reads every token's EOS log-prob: GroupContrastive through fused_linear_group_loss has it.
         reduction: "mean" (sum / normalizer, default B), "sum" or "none" (per group).
-        impl: "torch", "triton" (one program per group; the gradient is made with the loss) or "auto".
+        impl: "torch", "triton" (one program per group; the gradient is made with the loss: no second one) or "auto".
     Raises:
         ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
     """
