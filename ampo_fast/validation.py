@@ -33,7 +33,7 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
         or offsets.numel() < 1
         or offsets.dtype != torch.int64
     ):
-        raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {_describe(offsets)}")
+        raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {describe(offsets)}")
     offsets = offsets.cpu()
     sizes = offsets.diff()
     if offsets[0] != 0 or offsets[-1] != total or bool((sizes < 0).any()):
@@ -50,7 +50,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:
     if not isinstance(vector, torch.Tensor) or vector.shape != (length,):
-        raise ValueError(f"{name} must have shape [{length}], got {_describe(vector)}")
+        raise ValueError(f"{name} must have shape [{length}], got {describe(vector)}")
     if vector.device != device:
         raise ValueError(f"{name} is on {vector.device}, the other tensors on {device}")
 
@@ -132,5 +132,5 @@ def check_head(
         raise ValueError(f"target_R holds ids outside 0 .. {num_tokens - 1}; leave padding rows out")
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
