@@ -138,6 +138,8 @@ def k_medoids(
     if impl == "cpp":
         chosen = _C.k_medoids(weighted_NN.numpy(), k, kept)
     else:
-        rounded_NN, _ = reference.round_costs(weighted_NN, n * (k + 1))
-        chosen = reference.swap(rounded_NN, reference.greedy(rounded_NN, k, kept), len(kept))
+        problem = reference.Coverage(weighted_NN, k)
+        chosen = reference.swap(problem.cost_FC, reference.greedy(problem.cost_FC, k, kept), len(kept))
+        while problem.sharpen(chosen):
+            chosen = reference.swap(problem.cost_FC, chosen, len(kept))
     return torch.tensor(sorted(chosen), device=distances.device), float(weighted_NN[chosen].amin(0).sum())

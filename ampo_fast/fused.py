@@ -18,8 +18,13 @@ import torch
 from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
-from ampo_fast.losses.stats import LossOutput, ResponseStats, segment_sum
-from ampo_fast.validation import check_finite, check_head, check_logprobs, check_offsets, check_vector
+from ampo_fast.losses.stats import CheckedStats, LossOutput, ResponseStats, check_side_inputs, segment_sum
+from ampo_fast.validation import (
+    check_first_order,
+    check_head,
+    check_logprobs,
+    check_offsets,
+)
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
@@ -64,7 +69,8 @@ def fused_linear_group_loss(
             a CPU, 4096 to 8192 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
     Returns:
-        (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly; and detached statistics.
+        (loss, ResponseStats): a scalar that takes a scalar upstream gradient, repeatedly (but has no second derivative);
+            and detached statistics.
     Raises:
         ValueError: arguments that do not fit, mode="frozen" with a trainable weight; on a CPU also targets out of range
             and NaN logits.
@@ -95,17 +101,8 @@ def fused_linear_group_loss(
     return loss, plan.out_stats()
 
 
-def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, device) -> ResponseStats:
-    num_responses, num_groups = responses.numel() - 1, groups.numel() - 1
-    for name, vector in (("reward_M", reward_M), ("ref_logp_M", ref_logp_M), ("positive_M", positive_M)):
-        if vector is not None:
-            check_vector(name, vector, num_responses, device)
-            check_finite(name, vector)
-    if baseline_B is not None:
-        check_vector("baseline_B", baseline_B, num_groups, device)
-    if ref_logp_R is not None:
-        check_vector("ref_logp_R", ref_logp_R, int(responses[-1]), device)
-    return ResponseStats(
+def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B, ref_logp_R, device) -> CheckedStats:
+    stats = CheckedStats(
         logp_M=torch.empty(0, device=device),
         length_M=on_device(responses.diff(), device),
         reward_M=reward_M,
@@ -116,6 +113,8 @@ def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B
         response_offsets=responses,
         ref_logp_R=ref_logp_R,
     )
+    check_side_inputs(stats, responses.numel() - 1, int(responses[-1]), device)
+    return stats
 
 
 def _resolve_mode(mode, weight_VD, bias_V, group_rows, longest: int) -> str:
@@ -141,7 +140,7 @@ def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm,
     return loss, _detached(full)
 
 
-def with_logprobs(stats: ResponseStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> ResponseStats:
+def with_logprobs(stats: CheckedStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> CheckedStats:
     """Fills in the rows and their sums per response.
 
     eos_logp_M is the EOS log-prob at the response's last row, NaN where it ends otherwise.
@@ -170,7 +169,7 @@ class _Plan:
     """What travels through autograd beside the tensors, and the log-probs that come back out."""
 
     loss_fn: Callable[[ResponseStats], LossOutput]
-    stats: ResponseStats
+    stats: CheckedStats
     options: HeadOptions
     normalizer: float | torch.Tensor
     chunk_rows: int
@@ -180,7 +179,7 @@ class _Plan:
     target_R: torch.Tensor | None = None
 
     def out_stats(self) -> ResponseStats:
-        return with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id)
+        return _detached(with_logprobs(self.stats, self.logp_R, self.eos_logp_R, self.target_R, self.options.eos_id))
 
     @property
     def longest_group(self) -> int:
@@ -198,7 +197,7 @@ class _Plan:
             yield first, last
             first = last
 
-    def chunk_stats(self, first: int, last: int) -> tuple[slice, ResponseStats]:
+    def chunk_stats(self, first: int, last: int) -> tuple[slice, CheckedStats]:
         """(rows, side inputs) of groups [first, last), offsets starting at 0."""
         stats = self.stats
         m0, m1 = int(stats.group_offsets[first]), int(stats.group_offsets[last])
@@ -207,7 +206,7 @@ class _Plan:
         def cut(vector, a, b):
             return None if vector is None else vector[a:b]
 
-        part = ResponseStats(
+        part = CheckedStats(
             logp_M=stats.logp_M,
             length_M=stats.length_M[m0:m1],
             reward_M=stats.reward_M[m0:m1],
@@ -233,6 +232,7 @@ class _GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        check_first_order("fused_linear_group_loss")
         scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None)
 

@@ -6,7 +6,7 @@ import torch
 
 from ampo_fast.dispatch import resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, forward_chunk_rows, head_chunk, logit_buffer
-from ampo_fast.validation import check_head, check_logprobs
+from ampo_fast.validation import check_first_order, check_head, check_logprobs
 
 
 def linear_logprob(
@@ -83,6 +83,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_R, grad_eos_R):
+        check_first_order("linear_logprob")
         if ctx.jacobian_RD is not None:
             return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), *(None,) * 6
         gradients = _recomputed_gradients(ctx, grad_R, grad_eos_R)

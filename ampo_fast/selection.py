@@ -32,7 +32,8 @@ class Selection(NamedTuple):
     lower_bound: torch.Tensor
     """[B] no k negatives cost less."""
     proven: torch.Tensor
-    """[B] True where the cost is known to be the optimum."""
+    """[B] True where the cost is known to be the optimum, to 2^-24 of it: float32 distances have no more digits. False where
+    the weights of two rewards are so far apart that a double cannot hold both (about 700)."""
 
 
 def select_responses(
@@ -202,14 +203,13 @@ def _select_torch(problem: _Problem) -> Selection:
         instance = _instance(problem, b)
         if instance is None:
             continue
-        chosen, is_optimal = _choose(instance, problem)
+        chosen, bound = _choose(instance, problem)
         positive[b, : len(instance.positives)] = torch.tensor(instance.positives)
         negative[b, : len(chosen)] = torch.tensor(sorted(chosen))
         cost[b] = instance.cost(chosen)
-        # Single swaps end within 5 x the optimum; other strategies promise nothing.
-        is_local = problem.strategy.startswith("opt_select")
-        lower_bound[b] = cost[b] if is_optimal else cost[b] / 5 if is_local else 0.0
-        proven[b] = lower_bound[b] >= cost[b]
+        is_known, bound = math.isinf(bound), instance.shifted(bound)
+        lower_bound[b] = min(bound, float(cost[b]))
+        proven[b] = bound >= cost[b] and (is_known or not instance.has_lost(chosen))
     return Selection(positive, negative, cost, lower_bound, proven)
 
 
@@ -234,13 +234,15 @@ def _instance(problem: _Problem, b: int) -> reference.Instance | None:
     )
 
 
-def _choose(instance: reference.Instance, problem: _Problem) -> tuple[list[int], bool]:
-    """(negatives, whether they are known to be the cheapest)."""
+def _choose(instance: reference.Instance, problem: _Problem) -> tuple[list[int], float]:
+    """(negatives, what no negatives cost less than, before the shift: infinity where these are known to be the cheapest)."""
     if instance.k == len(instance.eligible):
-        return list(instance.eligible), True
+        return list(instance.eligible), math.inf
     if problem.strategy == "opt_select_exact":
         return reference.opt_select_exact(instance, problem.time_limit)
-    return _BY_NAME[problem.strategy](instance), False
+    if problem.strategy == "opt_select":
+        return reference.opt_select(instance)
+    return _BY_NAME[problem.strategy](instance), 0.0
 
 
 _BY_NAME = {
@@ -248,7 +250,6 @@ _BY_NAME = {
     "best_worst": reference.bottom_k,
     "coreset": reference.coreset,
     "k_center": reference.k_center,
-    "opt_select": reference.opt_select,
     "random": reference.random_subset,
 }
 

@@ -1,8 +1,8 @@
 """Subset selection for one group, in plain torch: the definition of correct, and the path that always runs.
 
 Shapes: N candidates, F eligible candidates (facilities), C covered candidates (clients), E embedding. Indices are ints.
-Costs are rounded to integers held in float64 (`round_costs`), so that sums are exact in any order and every path, thread
-count and machine decides alike; the compiled selector makes the same choices from the same distances.
+Costs are rounded to integers held in float64 (`round_costs`, `Coverage`), so that sums are exact in any order and every
+path, thread count and machine decides alike; the compiled selector makes the same choices from the same distances.
 """
 
 from __future__ import annotations
@@ -36,14 +36,23 @@ class Instance:
 
     def cost(self, chosen: Sequence[int]) -> float:
         """sum over clients of w_i min_{j in chosen} ||e_i - e_j|| (AMPO, arXiv 2502.18293, OptSelect)."""
-        distance_CK = distances(self.point_NE)[list(self.clients)][:, list(chosen)].double()
-        summed = float((torch.tensor(self.weights()) * distance_CK.amin(1)).sum())
-        return summed * self.shift() if summed else 0.0  # the shift may have overflowed
+        return self.shifted(float((self.weights() * self._nearest(chosen)).sum()))
 
-    def weights(self) -> list[float]:
-        """exp(lowest reward - reward) of the clients: cannot overflow, and decides alone."""
+    def has_lost(self, chosen: Sequence[int]) -> bool:
+        """Whether a client that is not at a chosen point has a weight below the smallest double."""
+        return bool(((self.weights() == 0.0) & (self._nearest(chosen) > 0.0)).any())
+
+    def _nearest(self, chosen: Sequence[int]) -> torch.Tensor:
+        return distances(self.point_NE)[list(self.clients)][:, list(chosen)].double().amin(1)
+
+    def shifted(self, summed: float) -> float:
+        """A sum over those weights() with what they lack; 0 stays 0 where the shift overflows."""
+        return summed * self.shift() if summed else 0.0
+
+    def weights(self) -> torch.Tensor:
+        """exp(lowest reward - reward) of the clients, float64: cannot overflow, and decides alone."""
         lowest = min(float(self.reward_N[i]) for i in self.valid)
-        return [math.exp(lowest - float(self.reward_N[i])) for i in self.clients]
+        return torch.tensor([math.exp(lowest - float(self.reward_N[i])) for i in self.clients], dtype=torch.float64)
 
     def shift(self) -> float:
         """What those weights lack: exp(mean reward - lowest reward)."""
@@ -70,12 +79,17 @@ def distances(point_NE: torch.Tensor, metric: str = "euclidean") -> torch.Tensor
 # --- exact arithmetic and keyed randomness -----------------------------------------------------------------------------
 
 
-def round_costs(cost: torch.Tensor, terms: int) -> tuple[torch.Tensor, float]:
-    """(rint(cost * scale), scale): scale the power of two that keeps sums of `terms` costs below 2^52, so exact."""
-    largest = float(cost.max()) if cost.numel() else 0.0
+def exact_scale(largest: float, terms: int) -> float:
+    """The power of two by which costs up to `largest` can be multiplied and `terms` of them added up below 2^52, so exactly."""
     if largest <= 0.0:
-        return cost.clone(), 1.0
-    scale = math.ldexp(1.0, min(1000, 51 - math.frexp(largest)[1] - math.frexp(float(terms))[1]))
+        return 1.0
+    return math.ldexp(1.0, min(1000, 51 - math.frexp(largest)[1] - math.frexp(float(terms))[1]))
+
+
+def round_costs(cost: torch.Tensor, terms: int, limit: float = math.inf) -> tuple[torch.Tensor, float]:
+    """(rint(min(cost, limit) * scale), scale of exact_scale)."""
+    cost = cost.clamp(max=limit)
+    scale = exact_scale(float(cost.max()) if cost.numel() else 0.0, terms)
     return (cost * scale).round(), scale
 
 
@@ -184,22 +198,59 @@ def _assign(distance_FK: torch.Tensor) -> list[int]:
     return label
 
 
-def covering_costs(instance: Instance) -> tuple[torch.Tensor, float]:
-    """(cost_FC, scale): what it takes each eligible candidate to cover each client, rounded."""
+class Coverage:
+    """Choose k rows of weighted_FC (w_i d_ij) so that the column minima sum to least; cost_FC holds it rounded.
+
+    A total of rounded costs is off by half a step for each client. Where that is more than 2^-24 of it, `sharpen` cuts the
+    costs off at the best total known, since no better choice holds a dearer cell, and rounds them in finer steps.
+    """
+
+    def __init__(self, weighted_FC: torch.Tensor, k: int) -> None:
+        self.weighted_FC, self.num_clients = weighted_FC, weighted_FC.shape[1]
+        self.terms = self.num_clients * (k + 1)
+        self.cost_FC, self.scale = round_costs(weighted_FC, self.terms)
+
+    def total(self, rows: Sequence[int]) -> float:
+        return covered_cost(self.cost_FC, rows)
+
+    def is_coarse_at(self, total: float) -> bool:
+        return total < 2.0**24 * self.num_clients
+
+    def sharpen(self, rows: Sequence[int]) -> bool:
+        """True where the costs changed and the search should go on from `rows`."""
+        total = self.total(rows)
+        limit = (total + self.num_clients) / self.scale
+        if not self.is_coarse_at(total) or exact_scale(limit, self.terms) <= self.scale:
+            return False
+        self.cost_FC, self.scale = round_costs(self.weighted_FC, self.terms, limit)
+        return total > 0.0 or covered_cost(self.weighted_FC, rows) > 0.0
+
+    def lower_bound(self, bound: float, rows: Sequence[int], steps: int) -> float:
+        """A rounded `bound` before rounding: lowered by `steps` where rounding could still decide about `rows`."""
+        return max(0.0, bound - steps if self.is_coarse_at(self.total(rows)) else bound) / self.scale
+
+
+def _coverage(instance: Instance) -> Coverage:
     distance_NN = distances(instance.point_NE).double()
     distance_FC = distance_NN[list(instance.eligible)][:, list(instance.clients)]
-    return round_costs(torch.tensor(instance.weights()) * distance_FC, len(instance.clients) * (instance.k + 1))
+    return Coverage(instance.weights() * distance_FC, instance.k)
 
 
-def opt_select(instance: Instance) -> list[int]:
-    """Weighted k-medoids by single swaps, from a greedy and a bottom-k start; the cheaper local optimum, greedy's if equal.
-
-    At most 5 x the optimum (Arya et al. 2004).
+def opt_select(instance: Instance) -> tuple[list[int], float]:
+    """(choice, lower bound): weighted k-medoids by single swaps, from a greedy and a bottom-k start; the cheaper local
+    optimum, greedy's if equal. At most 5 x the optimum (Arya et al. 2004).
     """
-    cost_FC, _ = covering_costs(instance)
+    rows, bound = _local_search(instance, _coverage(instance))
+    return [instance.eligible[f] for f in rows], bound
+
+
+def _local_search(instance: Instance, problem: Coverage) -> tuple[list[int], float]:
     low = [instance.eligible.index(i) for i in bottom_k(instance)]
-    ends = [swap(cost_FC, start) for start in (greedy(cost_FC, instance.k), low)]
-    return [instance.eligible[f] for f in min(ends, key=lambda rows: covered_cost(cost_FC, rows))]
+    ends = [swap(problem.cost_FC, start) for start in (greedy(problem.cost_FC, instance.k), low)]
+    rows = min(ends, key=problem.total)
+    while problem.sharpen(rows):
+        rows = swap(problem.cost_FC, rows)
+    return rows, problem.lower_bound(problem.total(rows), rows, problem.terms) / 5
 
 
 def covered_cost(cost_FC: torch.Tensor, rows: Sequence[int]) -> float:
@@ -236,20 +287,35 @@ def swap(cost_FC: torch.Tensor, chosen: Sequence[int], num_fixed: int = 0) -> li
     return chosen
 
 
-def opt_select_exact(instance: Instance, time_limit: float | None, block: int = 4096) -> tuple[list[int], bool]:
-    """Every subset, in blocks, until done or out of time -> (best, proven). Among equal optima the first found stays."""
+def opt_select_exact(instance: Instance, time_limit: float | None) -> tuple[list[int], float]:
+    """(choice, lower bound; infinity where the choice is the optimum): every subset, until done or out of time.
+
+    Among equal optima the first found stays.
+    """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    cost_FC, _ = covering_costs(instance)
-    best = [instance.eligible.index(i) for i in opt_select(instance)]
+    problem = _coverage(instance)
+    best, bound = _local_search(instance, problem)
+    is_tried = False
+    while problem.total(best) > 0.0:
+        best, is_tried = _try_all(problem.cost_FC, best, deadline)
+        if not problem.sharpen(best):
+            break
+    total = problem.total(best)
+    if is_tried:
+        is_optimal = not problem.is_coarse_at(total)
+        bound = math.inf if is_optimal else max(bound, problem.lower_bound(total, best, problem.num_clients))
+    return [instance.eligible[f] for f in best], bound
+
+
+def _try_all(cost_FC: torch.Tensor, best: list[int], deadline: float, block: int = 4096) -> tuple[list[int], bool]:
+    """(the cheapest subset of that size, whether all were tried before the deadline)."""
     best_cost = covered_cost(cost_FC, best)
-    subsets = itertools.combinations(range(len(cost_FC)), instance.k)
-    proven = True
+    subsets = itertools.combinations(range(len(cost_FC)), len(best))
     while rows := list(itertools.islice(subsets, block)):
         cost_S = cost_FC[torch.tensor(rows)].amin(1).sum(1)
         at = int(cost_S.argmin())
         if float(cost_S[at]) < best_cost:
             best, best_cost = list(rows[at]), float(cost_S[at])
         if time.monotonic() > deadline:
-            proven = False
-            break
-    return [instance.eligible[f] for f in best], proven
+            return best, False
+    return best, True

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ampo_fast.fused import row_gradients, with_logprobs
-from ampo_fast.losses.stats import Loss, LossOutput, ResponseStats
+from ampo_fast.losses.stats import CheckedStats, Loss, LossOutput, ResponseStats
 from ampo_fast.packing import MicroBatch, pack
 from ampo_fast.types import PackedBatch
 
@@ -66,7 +66,7 @@ class SplitGroup:
         batch = pack(micro.groups, logp_R.device)
         reference = {name: _joined(parts, name) for name in ("ref_logp_M", "ref_logp_R")}
         batch = dataclasses.replace(batch, **reference)
-        side = ResponseStats(
+        side = CheckedStats(
             logp_M=logp_R.new_empty(0),
             length_M=batch.response_offsets.diff().to(logp_R.device),
             reward_M=batch.reward_M,

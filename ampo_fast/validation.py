@@ -33,7 +33,7 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
         or offsets.numel() < 1
         or offsets.dtype != torch.int64
     ):
-        raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {_describe(offsets)}")
+        raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {describe(offsets)}")
     offsets = offsets.cpu()
     sizes = offsets.diff()
     if offsets[0] != 0 or offsets[-1] != total or bool((sizes < 0).any()):
@@ -50,7 +50,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:
     if not isinstance(vector, torch.Tensor) or vector.shape != (length,):
-        raise ValueError(f"{name} must have shape [{length}], got {_describe(vector)}")
+        raise ValueError(f"{name} must have shape [{length}], got {describe(vector)}")
     if vector.device != device:
         raise ValueError(f"{name} is on {vector.device}, the other tensors on {device}")
 
@@ -81,6 +81,18 @@ def check_logprobs(logp_R: torch.Tensor) -> None:
         row = int(is_nan_R.nonzero()[0])
         raise ValueError(
             f"the logits of row {row} are NaN; look for NaN or infinity in hidden_RD, weight_VD and bias_V"
+        )
+
+
+def check_first_order(op: str) -> None:
+    """Raises RuntimeError inside a backward whose result is to be differentiated again (create_graph=True).
+
+    autograd's once_differentiable would leave the second derivative out, in silence, where the upstream gradient is a constant,
+    as a loss's is, or where another path reaches the inputs.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has no second derivative: call backward without create_graph, or take ampo_fast.reference's plain torch"
         )
 
 
@@ -120,5 +132,5 @@ def check_head(
         raise ValueError(f"target_R holds ids outside 0 .. {num_tokens - 1}; leave padding rows out")
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -90,10 +90,13 @@ std::vector<int64_t> k_medoids(const Array<double>& weighted, int64_t k, const s
   py::gil_scoped_release release;
   ampo::Coverage problem;
   problem.num_clients = problem.num_facilities = n;
-  problem.cost.assign(weighted.data(), weighted.data() + n * n);
+  const auto fill = [&] { problem.cost.assign(weighted.data(), weighted.data() + n * n); };
+  fill();
   problem.round_costs(k);
   std::vector<int64_t> chosen = ampo::greedy_facilities(problem, k, fixed);
-  ampo::swap_facilities(problem, int64_t(fixed.size()), chosen);
+  double cost;
+  do cost = ampo::swap_facilities(problem, int64_t(fixed.size()), chosen);
+  while (problem.sharpen(k, chosen, cost, fill));
   return chosen;
 }
 

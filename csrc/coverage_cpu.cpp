@@ -6,11 +6,20 @@
 
 namespace ampo {
 
-double Coverage::round_costs(int64_t k) {
-  const double largest = cost.empty() ? 0.0 : *std::max_element(cost.begin(), cost.end());
-  const double scale = exact_scale(largest, double(num_clients) * double(k + 1));
-  for (double& value : cost) value = std::nearbyint(value * scale);
-  return scale;
+void Coverage::round_costs(int64_t k, double limit) {
+  const double largest = cost.empty() ? 0.0 : std::min(limit, *std::max_element(cost.begin(), cost.end()));
+  scale = exact_scale(largest, double(num_clients) * double(k + 1));
+  for (double& value : cost) value = std::nearbyint(std::min(value, limit) * scale);
+}
+
+bool Coverage::sharpen(int64_t k, const std::vector<int64_t>& chosen, double total, const std::function<void()>& fill) {
+  if (!is_coarse_at(total)) return false;
+  const double limit = cost_limit(total, double(num_clients), scale);
+  if (!(exact_scale(limit, double(num_clients) * double(k + 1)) > scale)) return false;
+  fill();
+  const bool is_free = total == 0.0 && this->total(chosen) == 0.0;  // before rounding: nothing can be cheaper
+  round_costs(k, limit);
+  return !is_free;
 }
 
 double Coverage::total(const std::vector<int64_t>& chosen) const {

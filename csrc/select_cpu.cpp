@@ -77,10 +77,11 @@ class Selector : Group {
     std::copy(chosen.begin(), chosen.end(), negative);
     const double cost = cost_of(chosen);
     // The only choice there is, or one that was proven: the optimum.
-    const double bound = int64_t(eligible_.size()) == k_ || is_optimal_ ? kInfinity : shifted(bound_);
+    const bool is_known = int64_t(eligible_.size()) == k_ || is_optimal_;
+    const double bound = is_known ? kInfinity : shifted(bound_);
     out.cost[group] = cost;
     out.lower_bound[group] = std::min(bound, cost);
-    out.proven[group] = bound >= cost;
+    out.proven[group] = bound >= cost && (is_known || !has_lost_);
     is_optimal_ = false;
   }
 
@@ -88,7 +89,11 @@ class Selector : Group {
   double cost_of(const std::vector<int64_t>& chosen) {
     double cost = 0.0;
     const std::vector<double> nearest = has_distances_ ? nearest_in_matrix(chosen) : nearest_from_rows(chosen);
-    for (size_t c = 0; c < clients_.size(); ++c) cost += weight_[c] * nearest[c];
+    has_lost_ = false;
+    for (size_t c = 0; c < clients_.size(); ++c) {
+      cost += weight_[c] * nearest[c];
+      has_lost_ |= weight_[c] == 0.0 && nearest[c] > 0.0;
+    }
     return shifted(cost);
   }
 
@@ -179,19 +184,27 @@ class Selector : Group {
 
   void make_problem() {
     fill_matrix(valid_, Metric::kEuclidean);
-    const int64_t width = int64_t(valid_.size());
     place_.assign(count_, -1);
-    for (int64_t p = 0; p < width; ++p) place_[valid_[p]] = p;
+    for (size_t p = 0; p < valid_.size(); ++p) place_[valid_[p]] = int64_t(p);
     has_distances_ = true;
     problem_.num_clients = int64_t(clients_.size());
     problem_.num_facilities = int64_t(eligible_.size());
+    fill_costs();
+    problem_.round_costs(k_);
+  }
+
+  void fill_costs() {
+    const int64_t width = int64_t(valid_.size());
     problem_.cost.resize(clients_.size() * eligible_.size());
     double* cost = problem_.cost.data();
     for (const int64_t j : eligible_) {
       const double* row = matrix_.data() + place_[j] * width;
       for (size_t c = 0; c < clients_.size(); ++c) *cost++ = weight_[c] * row[place_[clients_[c]]];
     }
-    scale_ = problem_.round_costs(k_);
+  }
+
+  bool sharpen(const std::vector<int64_t>& chosen, double cost) {
+    return problem_.sharpen(k_, chosen, cost, [this] { fill_costs(); });
   }
 
   std::vector<int64_t> opt_select(bool is_exact) {
@@ -204,9 +217,10 @@ class Selector : Group {
       chosen = other;
       cost = problem_.total(other);
     }
-    bound_ = cost / scale_ / kSwapRatio;
-    is_optimal_ = cost == 0.0;
-    if (is_exact && !is_optimal_) prove(chosen);
+    while (sharpen(chosen, cost)) cost = swap_facilities(problem_, 0, chosen);
+    const double steps = double(clients_.size()) * double(k_ + 1);  // what rounding could hide in the k swaps of the proof
+    bound_ = sure_bound(cost, steps, problem_.is_coarse_at(cost)) / problem_.scale / kSwapRatio;
+    if (is_exact && cost > 0.0) prove(chosen);
     for (int64_t& f : chosen) f = eligible_[f];
     return chosen;
   }
@@ -214,16 +228,22 @@ class Selector : Group {
   void prove(std::vector<int64_t>& chosen) {
     const bool has_limit = deadline_.has_limit();
     const Clock::time_point end = has_limit ? deadline_.next_group() : Clock::time_point();
-    const ExactResult result =
-        best_facilities(problem_, k_, 0, chosen, [&] { return has_limit && Clock::now() >= end; });
-    is_optimal_ = result.proven;
-    bound_ = std::max(bound_, result.lower_bound / scale_);
+    const auto is_late = [&] { return has_limit && Clock::now() >= end; };
+    double cost;
+    do {
+      const ExactResult result = best_facilities(problem_, k_, 0, chosen, is_late);
+      cost = problem_.total(chosen);
+      const bool coarse = problem_.is_coarse_at(cost);
+      is_optimal_ = result.proven && !coarse;
+      bound_ = std::max(bound_, sure_bound(result.lower_bound, double(clients_.size()), coarse) / problem_.scale);
+    } while (sharpen(chosen, cost));
   }
 
   Deadline& deadline_;
   std::vector<double> matrix_;
-  double bound_ = 0.0, scale_ = 1.0;
+  double bound_ = 0.0;
   bool is_optimal_ = false;
+  bool has_lost_ = false;        // a client that is not at a chosen point has a weight below the smallest double
   bool has_distances_ = false;   // matrix_ holds the Euclidean distances between valid candidates
   std::vector<int64_t> place_;  // of a candidate among the valid ones
   Rows<T> rows_;

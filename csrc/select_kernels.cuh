@@ -123,13 +123,15 @@ __device__ double distance(const GroupShared<kSize>& s, int facility, int client
   return double(sqrtf(s.squared[s.eligible[facility]][s.client[client]]));
 }
 
+// Rounded, none dearer than `limit`.
 template <int kSize>
-__device__ void fill_costs(GroupShared<kSize>& s) {
+__device__ void fill_costs(GroupShared<kSize>& s, double limit) {
   const int entries = s.num_facilities * s.num_clients;
   double largest = 0.0;
   for (int e = threadIdx.x; e < entries; e += kThreads) {
     const int f = e / s.num_clients, c = e % s.num_clients;
-    s.cost[f][c] = s.weight[c] * distance(s, f, c);
+    const double cost = s.weight[c] * distance(s, f, c);
+    s.cost[f][c] = limit < cost ? limit : cost;
     largest = fmax(largest, s.cost[f][c]);
   }
   s.reduced[threadIdx.x] = largest;
@@ -281,10 +283,33 @@ __device__ void swap_search(GroupShared<kSize>& s, int* chosen) {
   __syncthreads();
 }
 
+// What the chosen cost before rounding is nothing. Every thread looks at every client: rare, and uniform for free.
+template <int kSize>
+__device__ bool is_free(const GroupShared<kSize>& s) {
+  for (int i = 0; i < s.num_clients; ++i) {
+    float nearest = INFINITY;
+    for (int t = 0; t < s.k; ++t) nearest = fminf(nearest, s.squared[s.eligible[s.chosen[t]]][s.client[i]]);
+    if (s.weight[i] * double(sqrtf(nearest)) > 0.0) return false;
+  }
+  return true;
+}
+
+// Coverage::sharpen.
+template <int kSize>
+__device__ bool sharpen(GroupShared<kSize>& s) {
+  const double total = s.total, limit = cost_limit(total, s.num_clients, s.scale);
+  const bool is_finer = exact_scale(limit, double(s.num_clients) * double(s.k + 1)) > s.scale;
+  const bool goes_on = is_coarse(total, s.num_clients) && is_finer;
+  const bool is_done = goes_on && total == 0.0 && is_free(s);
+  __syncthreads();
+  if (goes_on) fill_costs(s, limit);
+  return goes_on && !is_done;
+}
+
 // From the greedy start and from the given one (the lowest rewards); the greedy one's end where both cost the same.
 template <int kSize>
 __device__ void opt_select(GroupShared<kSize>& s) {
-  fill_costs(s);
+  fill_costs(s, INFINITY);
   swap_search(s, s.other);
   const double from_given = s.total;
   __syncthreads();
@@ -293,9 +318,13 @@ __device__ void opt_select(GroupShared<kSize>& s) {
   const bool is_given_better = from_given < s.total;
   __syncthreads();
   if (is_given_better && int(threadIdx.x) < s.k) s.chosen[threadIdx.x] = s.other[threadIdx.x];
+  if (is_given_better && threadIdx.x == 0) s.total = from_given;
+  __syncthreads();
+  while (sharpen(s)) swap_search(s, s.chosen);
   if (threadIdx.x == 0) {
-    const double total = is_given_better ? from_given : s.total;
-    s.bound = total == 0.0 ? INFINITY : total / s.scale / 5.0;  // a swap's local optimum is within 5 x the optimum
+    const double steps = double(s.num_clients) * double(s.k + 1);
+    // a swap's local optimum is within 5 x the optimum
+    s.bound = sure_bound(s.total, steps, is_coarse(s.total, s.num_clients)) / s.scale / 5.0;
   }
   __syncthreads();
 }
@@ -338,7 +367,8 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
   if (t < s.num_clients) {
     float nearest = INFINITY;
     for (int c = 0; c < s.k; ++c) nearest = fminf(nearest, s.squared[s.eligible[s.chosen[c]]][s.client[t]]);
-    s.first[t] = s.weight[t] * double(sqrtf(nearest));
+    s.value[t] = double(sqrtf(nearest));
+    s.first[t] = s.weight[t] * s.value[t];
   }
   __syncthreads();
   if (t < s.k) {  // ascending: a facility's place is how many chosen ones are lower
@@ -348,12 +378,16 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
   }
   if (t != 0) return;
   double cost = 0.0;
-  for (int c = 0; c < s.num_clients; ++c) cost += s.first[c];  // in order, as on the CPU
+  bool has_lost = false;
+  for (int c = 0; c < s.num_clients; ++c) {
+    cost += s.first[c];  // in order, as on the CPU
+    has_lost |= s.weight[c] == 0.0 && s.value[c] > 0.0;
+  }
   cost = cost == 0.0 ? 0.0 : cost * plan.shift;  // the shift may have overflowed
   const double bound = s.bound == INFINITY || s.bound == 0.0 ? s.bound : s.bound * plan.shift;
   args.cost[blockIdx.x] = cost;
   args.lower_bound[blockIdx.x] = fmin(bound, cost);
-  args.proven[blockIdx.x] = bound >= cost;
+  args.proven[blockIdx.x] = bound >= cost && (s.bound == INFINITY || !has_lost);
 }
 
 template <typename Raw, int kSize>

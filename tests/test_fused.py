@@ -151,6 +151,17 @@ def test_backward_repeats_and_scales():
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], first)
 
 
+@pytest.mark.parametrize("mode", ["grouped", "recompute", "frozen"])
+def test_a_second_derivative_is_refused_not_left_out(mode):
+    hidden, weight, _, target, reward = inputs()
+    weight = weight.detach() if mode == "frozen" else weight
+    loss, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO(), mode=mode)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # beside a path of its own to the inputs, too
+        torch.autograd.grad(loss + hidden.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprob has no second derivative"):
+        torch.autograd.grad(linear_logprob(hidden, weight, target).sum(), hidden, create_graph=True)
+
+
 def test_frozen_weight_keeps_the_hidden_gradient_and_refuses_a_trainable_one():
     hidden, weight, _bias, target, reward = inputs()
     frozen = weight.detach()

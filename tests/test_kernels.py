@@ -188,6 +188,13 @@ def test_extreme_scores_of_the_group_loss_stay_finite():
     assert logp.grad.tolist() == [-1.0, 1.0, 0.0, 0.0]
 
 
+def test_a_second_derivative_of_the_group_loss_is_refused_not_left_out():
+    logp, length, reward, offsets, _ = contrast_inputs()
+    loss = group_contrastive_loss(logp.requires_grad_(), length, reward, offsets, beta=2.0, impl="triton")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logp, create_graph=True)
+
+
 def test_the_same_input_gives_the_same_bits():
     hidden, weight, target, bias = head(33, 64, 1000, DTYPES[1])
     with torch.no_grad():

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ampo_fast import group_contrastive_loss, reference
+from ampo_fast import fused_linear_group_loss, group_contrastive_loss, losses, reference
 from ampo_fast.losses import AMPO, NLL, SWEPO, GroupContrastive, REFA1vsK, REFADynamic, ResponseStats, Sum
+from ampo_fast.losses import stats as losses_stats
+from ampo_fast.validation import nan_let_through
 
 F64 = torch.float64
 
@@ -221,6 +223,83 @@ def test_wrong_arguments_are_named(change, match):
     }  # fmt: skip
     with pytest.raises(ValueError, match=match):
         group_contrastive_loss(**(arguments | change))
+
+
+EVERY_LOSS = [
+    getattr(losses, name)()
+    for name in losses.__all__
+    if name not in ("ResponseStats", "LossOutput", "GroupContrastive", "Sum", "group_contrastive_loss")
+] + [Sum([(1.0, AMPO()), (0.5, NLL())])]
+
+
+def four_responses(**changes):
+    """Two groups of two, with all that any loss reads."""
+    logp_R = torch.tensor([-1.0, -2.0, -0.5, -1.5, -3.0, -0.25, -2.0, -1.0])
+    whole = ResponseStats(
+        logp_R.view(4, 2).sum(1), torch.full((4,), 2), torch.tensor([0.9, 0.1, 0.4, 0.6]), torch.tensor([0, 2, 4]),
+        ref_logp_M=torch.full((4,), -3.0), positive_M=torch.tensor([True, False, False, True]),
+        baseline_B=torch.tensor([0.5, 0.5]), response_offsets=torch.arange(0, 9, 2), logp_R=logp_R,
+        target_R=torch.arange(8), ref_logp_R=torch.full((8,), -1.5),
+    )  # fmt: skip
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"group_offsets": torch.tensor([1, 3, 5])}, "group_offsets must rise from 0 to 4"),
+        ({"group_offsets": torch.tensor([0.0, 2.0, 4.0])}, "group_offsets must be a 1-D int64"),
+        ({"group_offsets": [0, 2, 4]}, "group_offsets must be a 1-D int64"),
+        ({"logp_M": torch.arange(4)}, "logp_M must be .* floats.*int64"),
+        ({"logp_M": torch.zeros(4, 1)}, "logp_M must be a 1-D"),
+        ({"logp_M": torch.tensor([0.0, -math.inf, 0.0, 0.0])}, "logp_M holds NaN or infinity"),
+        ({"length_M": torch.tensor([2, 2, 0, 2])}, r"length_M\[2\] = 0"),
+        ({"length_M": torch.tensor([2, math.nan, 2, 2])}, "length_M holds NaN"),
+        ({"reward_M": torch.zeros(3)}, r"reward_M must have shape \[4\]"),
+        ({"reward_M": None}, "reward_M"),
+        ({"reward_M": torch.zeros(4, device="meta")}, "reward_M is on meta"),
+        ({"reward_M": torch.tensor([math.nan, 0.0, 0.0, 0.0])}, "reward_M holds NaN"),
+        ({"ref_logp_M": torch.zeros(5)}, "ref_logp_M"),
+        ({"positive_M": torch.ones(2, dtype=torch.bool)}, "positive_M"),
+        ({"baseline_B": torch.tensor([0.0, math.nan])}, "baseline_B holds NaN"),
+        ({"eos_logp_M": torch.zeros(5)}, "eos_logp_M"),
+        ({"response_offsets": torch.tensor([0, 8])}, "response_offsets has 2 entries"),
+        ({"response_offsets": torch.tensor([0, 2, 4, 6, 9])}, "response_offsets must rise from 0 to 8"),
+        ({"ref_logp_R": torch.zeros(7)}, "ref_logp_R"),
+    ],
+)
+def test_what_a_loss_is_called_on_is_checked(loss, change, match):
+    assert loss(four_responses()).loss.isfinite()
+    with pytest.raises(ValueError, match=match):
+        loss(four_responses(**change))
+
+
+def test_nan_passes_where_it_is_let_through():
+    with nan_let_through():
+        assert AMPO()(four_responses(logp_M=torch.full((4,), math.nan))).loss.isnan()
+
+
+def test_a_sum_and_the_fused_op_check_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(losses_stats, "check_lengths", lambda *_: seen.append(1))
+    Sum([(1.0, AMPO()), (0.5, Sum([(1.0, NLL())]))])(four_responses())
+    assert len(seen) == 1
+    hidden, weight = torch.zeros(8, 3), torch.zeros(5, 3, requires_grad=True)
+    whole = four_responses()
+    for mode in ("grouped", "recompute"):
+        _, out = fused_linear_group_loss(
+            hidden,
+            weight,
+            whole.target_R % 5,
+            whole.response_offsets,
+            whole.group_offsets,
+            whole.reward_M,
+            AMPO(),
+            mode=mode,
+        )
+        assert len(seen) == 1
+        assert type(out) is ResponseStats  # what the caller gets may be changed, and is then checked
 
 
 @settings(max_examples=40, deadline=None)

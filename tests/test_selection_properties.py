@@ -57,12 +57,15 @@ class BruteForce:
         return [[*(j for j in chosen if j != out), into] for out in chosen for into in others]
 
 
+QUARTERS = st.integers(0, 6).map(lambda q: q / 4)
+
+
 @st.composite
-def small_groups(draw):
+def small_groups(draw, reward=QUARTERS):
     n, dim = draw(st.integers(2, 10)), draw(st.integers(1, 3))
     coordinate = st.integers(-2, 2).map(float)
     points = draw(st.lists(st.lists(coordinate, min_size=dim, max_size=dim), min_size=n, max_size=n))
-    rewards = draw(st.lists(st.integers(0, 6).map(lambda q: q / 4), min_size=n, max_size=n))
+    rewards = draw(st.lists(reward, min_size=n, max_size=n))
     return points, rewards
 
 
@@ -109,6 +112,59 @@ def test_every_strategy_against_brute_force(impl, strategy, group, k, covers_pos
     if strategy == "opt_select_exact":
         assert cost == pytest.approx(truth.optimum, **near)
         assert out.proven[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(group=small_groups(reward=QUARTERS | st.floats(-150, 0)), k=st.integers(1, 5), covers_positive=st.booleans())
+def test_rewards_far_apart_are_searched_proven_and_agreed_upon(group, k, covers_positive):
+    """exp(-150) is 2^-216 of the largest weight: rounded beside it, every other client would cost nothing."""
+    points, rewards = group
+    truth = BruteForce(points, rewards, k, covers_positive)
+    for strategy, factor in (("opt_select", 5), ("opt_select_exact", 1)):
+        outs = [
+            select_responses(
+                torch.tensor(points),
+                torch.tensor(rewards, dtype=torch.float64),
+                k,
+                strategy=strategy,
+                coverage="all" if covers_positive else "candidates",
+                impl=impl,
+            )
+            for impl in IMPLS
+        ]
+        for out in outs:
+            chosen = [i for i in out.negative[0].tolist() if i >= 0]
+            assert truth.cost(chosen) <= factor * truth.optimum * (1 + 1e-6)
+            assert out.lower_bound[0].item() <= truth.optimum * (1 + 1e-6)
+            assert out.lower_bound[0].item() >= out.cost[0].item() / factor * (1 - 1e-6)
+            assert out.proven[0] or factor == 5
+        if factor == 5:  # among equal optima any one
+            assert torch.equal(outs[0].negative, outs[1].negative)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("strategy", ["opt_select", "opt_select_exact"])
+def test_costs_that_vanish_beside_the_largest_prove_nothing(strategy, impl):
+    # The weights of 0.0 and -20.0 beside that of -3000.0 are no doubles: which of them to cover cannot be told.
+    rewards = torch.tensor([0.0, -3000.0, 3000.0, 10.0, -20.0])
+    apart, equal = (
+        select_responses(p, rewards, 2, strategy=strategy, impl=impl) for p in (torch.eye(5), torch.ones(5, 2))
+    )
+    assert apart.lower_bound.tolist() == [0.0]
+    assert apart.proven.tolist() == [False]
+    assert equal.proven.tolist() == [True]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_k_medoids_covers_light_points_beside_a_heavy_one(impl):
+    line = torch.tensor([[0.0], [100.0], [100.5], [7.0], [8.0], [9.0]])
+    weights = torch.tensor([1.0, 1e-30, 1e-30, 1e-60, 1e-60, 1e-60], dtype=torch.float64)
+    indices, cost = k_medoids(torch.cdist(line, line).double(), 3, weights=weights, impl=impl)
+    assert indices.tolist() == [0, 1, 2]
+    assert cost == pytest.approx(24e-60)
+    indices, cost = k_medoids(torch.cdist(line, line).double(), 4, weights=weights, impl=impl)
+    assert indices.tolist() == [0, 1, 2, 4]
+    assert cost == pytest.approx(2e-60)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -168,12 +224,16 @@ def test_degenerate_groups_are_answered_as_documented(strategy, impl):
 
 @pytest.mark.parametrize("strategy", MANY)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_rewards_too_far_apart_for_exp_give_inf_or_zero_never_nan(strategy, impl):
+def test_rewards_too_far_apart_for_exp_are_free_or_refused_and_never_nan(strategy, impl):
     # Weights relative to the largest: those below 1e-308 of it count as 0.
     rewards = torch.tensor([0.0, -3000.0, 3000.0, 10.0, -20.0])
-    for points, costs in ((torch.eye(5), (0.0, math.inf)), (torch.ones(5, 2), (0.0,))):
+    for points in (torch.eye(5), torch.ones(5, 2)):
+        if strategy == "random" and points.shape[1] == 5:  # it leaves -3000 out
+            with pytest.raises(ValueError, match="so far apart"):
+                select_responses(points, rewards, 2, strategy=strategy, impl=impl)
+            continue
         out = select_responses(points, rewards, 2, strategy=strategy, impl=impl)
-        assert out.cost[0].item() in costs
+        assert out.cost[0].item() == 0.0
         assert not out.lower_bound.isnan().any()
         assert out.lower_bound[0] <= out.cost[0]
         assert out.positive.tolist() == [[2]]

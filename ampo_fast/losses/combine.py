@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, mean_output
+from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, mean_output
 
 
 @dataclass(frozen=True, kw_only=True)
 class NLL(Loss):
     """-log pi(y+) / |y+|, averaged over the group's positives; 0 for a group without one."""
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         if stats.positive_M is None:
             raise ValueError("NLL needs positive_M: it regularises the positive")
         groups = Groups(stats.group_offsets, stats.logp_M.device)
@@ -46,7 +46,7 @@ class Sum(Loss):
     def needs_reference_rows(self) -> bool:
         return any(loss.needs_reference_rows for _, loss in self.terms)
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         parts = [(weight, loss(stats)) for weight, loss in self.terms]
         per_group_B = sum(weight * part.per_group_B for weight, part in parts)
         return mean_output(per_group_B)

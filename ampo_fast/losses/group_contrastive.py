@@ -9,22 +9,24 @@ Shapes: M responses, B groups, G the largest group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.losses.stats import (
+    CheckedStats,
     Groups,
     Loss,
     LossOutput,
     ResponseStats,
     check_positive,
+    checked,
     mean_output,
     segment_sum,
 )
-from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector, checks_values
+from ampo_fast.validation import check_choice, check_first_order
 
 _CHOICES = {
     "score": ("avg", "sum"),
@@ -75,10 +77,10 @@ class GroupContrastive(Loss):
     def needs_rows(self) -> bool:
         return self.eos_penalty == "budgeted"
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         return mean_output(self.per_group(stats))
 
-    def per_group(self, stats: ResponseStats, impl: str = "auto") -> torch.Tensor:
+    def per_group(self, stats: CheckedStats, impl: str = "auto") -> torch.Tensor:
         """[B] the groups' losses; impl "torch", "triton" or "auto" as group_contrastive_loss has it."""
         if self.split == "given" and stats.positive_M is None:
             raise ValueError('split = "given" needs positive_M')
@@ -177,6 +179,7 @@ class _TritonContrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream_B: torch.Tensor):
+        check_first_order('group_contrastive_loss of impl "triton"')
         (grad_M,) = ctx.saved_tensors
         return grad_M * upstream_B[ctx.group_M], None, None
 
@@ -276,34 +279,20 @@ def group_contrastive_loss(
         eos_penalty: None, "target", "simple" or "budget_independent" on eos_logp_M (NaN: does not end in EOS). "budgeted"
             (with eos_budget) reads every token's EOS log-prob: GroupContrastive through fused_linear_group_loss has it.
         reduction: "mean" (sum / normalizer, default B), "sum" or "none" (per group).
-        impl: "torch", "triton" (one program per group; the gradient is made with the loss) or "auto".
+        impl: "torch", "triton" (one program per group; the gradient is made with the loss: no second one) or "auto".
     Raises:
         ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
     """
-    num_responses = logp_M.shape[0]
-    groups = check_offsets("group_offsets", group_offsets, num_responses)
-    vectors = {"length_M": length_M, "reward_M": reward_M, "ref_logp_M": ref_logp_M}
-    vectors |= {"eos_logp_M": eos_logp_M, "positive_M": positive_M}
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_vector(name, vector, num_responses, logp_M.device)
-    if baseline_B is not None:
-        check_vector("baseline_B", baseline_B, groups.numel() - 1, logp_M.device)
-    for name in ("logp_M", "reward_M"):
-        check_finite(name, logp_M if name == "logp_M" else reward_M)
-    if checks_values(length_M) and bool((length_M <= 0).any()):
-        raise ValueError(f"length_M[{int((length_M <= 0).nonzero()[0])}] is not positive; leave empty responses out")
-    if not logp_M.is_floating_point():
-        raise ValueError(f"logp_M must be floating point, got {logp_M.dtype}")
+    stats = checked(
+        ResponseStats(logp_M, length_M, reward_M, group_offsets, ref_logp_M, eos_logp_M, positive_M, baseline_B)
+    )
     work = torch.float64 if logp_M.dtype == torch.float64 else torch.float32
     loss_fn = GroupContrastive(
         beta=beta, alpha=alpha, gamma=gamma, score=score, weight=weight, alpha_place=alpha_place,
         weight_power=weight_power, split=split, eos_penalty=eos_penalty, eos_lambda=eos_lambda,
         eos_budget=eos_budget,
     )  # fmt: skip
-    stats = ResponseStats(
-        logp_M.to(work), length_M, reward_M.to(work), groups, ref_logp_M, eos_logp_M, positive_M, baseline_B
-    )
+    stats = replace(stats, logp_M=logp_M.to(work), reward_M=reward_M.to(work))
     per_group_B = loss_fn.per_group(stats, impl)
     if reduction == "none":
         return per_group_B

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, check_positive, mean_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class KTO(Loss):
         if self.kl < 0:
             raise ValueError(f"kl = {self.kl}; clamp the estimate at 0, as the paper does")
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         logit_BG = self.beta * (groups.pad(stats.log_ratio_M, 0.0) - self.kl)
         if stats.positive_M is not None:

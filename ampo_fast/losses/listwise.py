@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from ampo_fast.losses.pairs import gap, mean_over_pairs
-from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class _Listwise(Loss):
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         score_M = self.beta * self._ratios(stats)
         if score_M.numel() == 0:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ampo_fast.losses.stats import Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
 from ampo_fast.validation import check_choice
 
 
@@ -103,7 +103,7 @@ class PairwiseLoss(Loss):
         check_positive("beta", self.beta)
         check_choice("pairs", self.pairs, ("all", "best_vs_rest"))
 
-    def __call__(self, stats: ResponseStats) -> LossOutput:
+    def _output(self, stats: CheckedStats) -> LossOutput:
         view = GroupView.of(stats, self.log_ratios(stats), self.pairs, self.soft_labels)
         per_group_B = mean_over_pairs(self.pair_terms(view), view.mask_BGG)
         return mean_output(per_group_B, **self._metrics(view))

@@ -5,12 +5,13 @@ Shapes: R rows, M responses, B groups, G the largest group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
 from ampo_fast.dispatch import on_device, resolve_impl
+from ampo_fast.validation import check_finite, check_offsets, check_vector, checks_values, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,61 @@ class ResponseStats:
         return self.logp_M if self.ref_logp_M is None else self.logp_M - self.ref_logp_M
 
 
+class CheckedStats(ResponseStats):
+    """Stats that a loss takes as they are: from `checked`, or from code that checked or made every tensor itself."""
+
+    __slots__ = ()
+
+
+def checked(stats: ResponseStats) -> CheckedStats:
+    """The stats with their offsets on the CPU. Raises ValueError for what does not fit and, on a CPU, for NaN and infinity."""
+    if isinstance(stats, CheckedStats):
+        return stats
+    logp_M = stats.logp_M
+    if not isinstance(logp_M, torch.Tensor) or logp_M.ndim != 1 or not logp_M.is_floating_point():
+        raise ValueError(f"logp_M must be a 1-D tensor of floats, one sum a response, got {describe(logp_M)}")
+    num_responses, device = logp_M.shape[0], logp_M.device
+    groups = check_offsets("group_offsets", stats.group_offsets, num_responses)
+    check_finite("logp_M", logp_M)
+    check_lengths(stats.length_M, num_responses, device)
+    rows = next((v for v in (stats.logp_R, stats.eos_logp_R, stats.ref_logp_R, stats.target_R) if v is not None), None)
+    responses = stats.response_offsets
+    if rows is not None and responses is not None:
+        responses = check_offsets("response_offsets", responses, len(rows), allow_empty=False)
+        if responses.numel() != num_responses + 1:
+            raise ValueError(
+                f"response_offsets has {responses.numel()} entries, logp_M {num_responses}; it needs one more"
+            )
+    stats = replace(stats, group_offsets=groups, response_offsets=responses)
+    check_side_inputs(stats, num_responses, None if rows is None else len(rows), device)
+    return CheckedStats(**{field.name: getattr(stats, field.name) for field in fields(stats)})
+
+
+def check_side_inputs(stats: ResponseStats, num_responses: int, num_rows: int | None, device: torch.device) -> None:
+    """What a loss is given beside sums and lengths: shapes and devices; on a CPU also NaN and infinity.
+
+    eos_logp_M may hold NaN: the response does not end in EOS. The fused op looks at rows of log-probs itself.
+    """
+    lengths = {"M": num_responses, "B": stats.group_offsets.numel() - 1, "R": num_rows}
+    for name in ("reward_M", "ref_logp_M", "positive_M", "baseline_B", "ref_logp_R"):
+        vector = getattr(stats, name)
+        if vector is not None or name == "reward_M":
+            check_vector(name, vector, lengths[name[-1]], device)
+            check_finite(name, vector)
+    for name in ("eos_logp_M", "logp_R", "eos_logp_R", "target_R"):
+        vector = getattr(stats, name)
+        if vector is not None:
+            check_vector(name, vector, lengths[name[-1]], device)
+
+
+def check_lengths(length_M: torch.Tensor, num_responses: int, device: torch.device) -> None:
+    check_vector("length_M", length_M, num_responses, device)
+    check_finite("length_M", length_M)
+    if checks_values(length_M) and bool((length_M <= 0).any()):
+        first = int((length_M <= 0).nonzero()[0])
+        raise ValueError(f"length_M[{first}] = {length_M[first]} is not positive; leave empty responses out")
+
+
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     loss: torch.Tensor
@@ -52,7 +108,7 @@ class LossOutput:
 
 
 class Loss:
-    """What the fused op and the trainer read from a loss before they call it."""
+    """Called on ResponseStats, which are checked; with what the fused op and the trainer read from a loss before they call it."""
 
     needs_rows: ClassVar[bool] = False
     """Whether it reads response_offsets, logp_R, eos_logp_R and target_R."""
@@ -73,6 +129,12 @@ class Loss:
     def implied_params(cls, normalize: str) -> dict[str, Any]:
         """Fields that follow from the rule by which the rewards were normalised."""
         return {}
+
+    def __call__(self, stats: ResponseStats) -> LossOutput:
+        return self._output(checked(stats))
+
+    def _output(self, stats: CheckedStats) -> LossOutput:
+        raise NotImplementedError
 
 
 class Groups:

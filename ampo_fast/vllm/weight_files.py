@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ampo_fast.stage_files import save_tensors
+from ampo_fast.files import save_tensors
 
 _FILE_BYTES = 1 << 30
 _REMOVE_AT_END = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
