@@ -324,6 +324,11 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
         module.set_requires_gradient_sync(wanted)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its forwards are ones of all ranks."""
+    return isinstance(module, FSDPModule)
+
+
 def reshard(module: nn.Module) -> None:
     """Frees the whole parameters that a pass without gradients leaves behind; weights loaded before that are ignored."""
     for part in module.modules():
