@@ -155,8 +155,10 @@ def test_the_export_of_shards_is_the_checkpoint_and_loads_on_one_rank(two_ranks)
     exported = {name: p.clone() for name, p in policy.model.named_parameters()}
     (step, newest) = checkpoint_dirs(run_dir / "checkpoints")[-1]
     assert step == 10
-    assert json.loads((newest / "state.json").read_text())["world_size"] == 2
-    assert len(list(newest.glob("*.safetensors"))) == 2
+    header = json.loads((newest / "state.json").read_text())
+    assert header["world_size"] == 2
+    assert header["crc32"].keys() == {shard.name for shard in newest.glob("*.safetensors")}
+    assert len(header["crc32"]) == 2
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.zero_()
