@@ -1,7 +1,7 @@
 """Checkpoints that survive: written aside, synced, renamed; partial ones are never seen; no pickle.
 
 checkpoints/step_000030/ holds shard-*.safetensors, each rank's part of the parameters and of AdamW's moments in
-float32, written by torch.distributed.checkpoint, and state.json: format, world size, counters, and every shard's size.
+float32, written by torch.distributed.checkpoint, and state.json: format, world size, counters, every shard's size and CRC.
 Any number of ranks may load what any other number saved. Everything random is keyed by (seed, step, prompt,
 candidate), so there is no generator state to save.
 """
@@ -14,8 +14,9 @@ import logging
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Snapshot:
     target: Path
     tensors: dict[str, torch.Tensor]
     header: dict[str, Any]
+    crc: dict[str, int] = field(default_factory=dict)
+    """Of every shard, once they are written."""
 
     @property
     def aside(self) -> Path:
@@ -101,17 +104,22 @@ def write_shards(taken: Snapshot, group: dist.ProcessGroup | None = None) -> Non
     with _removed_on_error(taken):
         if distributed.world_size() == 1:
             _write_alone(taken.aside, taken.tensors)
-            return
-        writer = _Writer(str(taken.aside))
-        _collective(lambda: dcp.save(taken.tensors, storage_writer=writer, process_group=group), f"write {taken.aside}")
+        else:
+            writer = _Writer(str(taken.aside))
+            _collective(
+                lambda: dcp.save(taken.tensors, storage_writer=writer, process_group=group), f"write {taken.aside}"
+            )
+        with distributed.together(group):
+            own = {path.name: _crc(path) for path in taken.aside.glob(f"shard-{distributed.rank() + 1:05d}-*")}
+        taken.crc = {name: crc for part in distributed.all_gather(own, group) for name, crc in part.items()}
 
 
 def commit(taken: Snapshot) -> None:
-    """Names the shards, which are all there, with their sizes, then makes the directory real by its name; for rank 0."""
+    """Names the shards, which are all there, with size and CRC, then makes the directory real by its name; for rank 0."""
     aside = taken.aside
     with _removed_on_error(taken):
         files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        write_json(aside / "state.json", {"files": files} | taken.header)
+        write_json(aside / "state.json", {"files": files, "crc32": taken.crc} | taken.header)
         aside.rename(taken.target)
         fsync_path(taken.target.parent)
 
@@ -133,7 +141,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     another model or format.
     """
     adapter = policy.adapter_id
-    state = distributed.on_main(lambda: _read_state(path, adapter))
+    header = distributed.on_main(lambda: _read_header(path, adapter))
+    with distributed.together():
+        _check_crc(path, header.get("crc32", {}))
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         shapes = {name: tuple(saved.size) for name, saved in reader.read_metadata().state_dict_metadata.items()}
@@ -144,7 +154,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         _collective(lambda: _load(tensors, reader), f"read {path}")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read ({error}); {_WAY_OUT}") from error
-    return state
+    return header["state"]
 
 
 def _make_moments(policy: Policy, optimizer: torch.optim.Optimizer, saved: Collection[str]) -> None:
@@ -206,16 +216,22 @@ def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torc
     return named
 
 
-def _read_state(path: Path, adapter: dict[str, Any] | None) -> dict[str, Any]:
-    """The caller's part of state.json, after checking that it is of this adapter, and every shard there and whole."""
+def _read_header(path: Path, adapter: dict[str, Any] | None) -> dict[str, Any]:
+    """state.json, after checking that it is of this adapter, and every shard there and whole."""
+    file = path / "state.json"
     try:
-        header = json.loads((path / "state.json").read_text())
+        header = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {path / 'state.json'} cannot be read ({error}); {_WAY_OUT}") from error
+        raise ValueError(f"checkpoint {file} cannot be read ({error}); {_WAY_OUT}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"checkpoint {file} holds a {type(header).__name__}, not an object; {_WAY_OUT}")
     if header.get("format") != FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {header.get('format', 1)}, this version reads {FORMAT}; {_WAY_OUT}"
         )
+    for key, kind in (("files", dict), ("state", dict), ("world_size", int)):
+        if not isinstance(header.get(key), kind):
+            raise ValueError(f"checkpoint {file} lacks {key!r}, or it is no {kind.__name__}; {_WAY_OUT}")
     _check_adapter(path, adapter or {}, header.get("adapter") or {})
     for name, size in header["files"].items():
         shard = path / name
@@ -228,7 +244,22 @@ def _read_state(path: Path, adapter: dict[str, Any] | None) -> dict[str, Any]:
             "%s was saved by %d ranks and is loaded by %d: what follows is equal within rounding, not bit for bit",
             path, header["world_size"], distributed.world_size(),
         )  # fmt: skip
-    return header["state"]
+    return header
+
+
+def _check_crc(path: Path, crc: dict[str, int]) -> None:
+    """Every rank reads its share of the shards; an older checkpoint has no CRCs."""
+    for name in sorted(crc)[distributed.rank() :: distributed.world_size()]:
+        if _crc(path / name) != crc[name]:
+            raise ValueError(f"checkpoint shard {path / name} is not what was written: its CRC differs; {_WAY_OUT}")
+
+
+def _crc(path: Path) -> int:
+    crc, block = 0, memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            crc = zlib.crc32(block[:count], crc)
+    return crc
 
 
 def _check_adapter(path: Path, own: dict[str, Any], saved: dict[str, Any]) -> None:

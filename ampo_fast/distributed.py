@@ -136,12 +136,12 @@ def _meet(own: int, size: int, timeout: datetime.timedelta) -> dist.Store:
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 
-def all_gather(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank."""
+def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order, on every rank. group: whose collective is used; default all ranks' own."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -191,14 +191,17 @@ def dealt_by_main(work: Callable[[], Sequence[T]]) -> T:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What any rank raises inside is raised on every rank. All must enter; inside none may wait for another."""
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What any rank raises inside is raised on every rank. All must enter; inside none may wait for another.
+
+    group: as all_gather's.
+    """
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
-    told = next((other for other in all_gather(_portable(error)) if other is not None), None)
+    told = next((other for other in all_gather(_portable(error), group) if other is not None), None)
     if told is not None:
         raise error or told
 
@@ -322,6 +325,11 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
     """Whether the next backward reduces gradients over ranks: only an accumulation's last one should."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its forwards are ones of all ranks."""
+    return isinstance(module, FSDPModule)
 
 
 def reshard(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ampo_fast import attention, distributed, liger, lora
+from ampo_fast import attention, distributed, liger, lora, unshared
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.files import apply_umask
@@ -174,8 +174,11 @@ class Policy(nn.Module):
         fifteenth of a GPU's speed.
         """
         with self.autocast():
-            hidden_TD = self._shared_hidden(batch) if self.is_shared else self._unshared_hidden(batch)
-        return (hidden_TD[batch.row_R] if self.is_shared else hidden_TD).to(self.compute_dtype)
+            if self.is_shared:
+                hidden_RD = self._shared_hidden(batch)[batch.row_R]
+            else:
+                hidden_RD = unshared.hidden_rows(self.model, batch, distributed.is_sharded(self))
+        return hidden_RD.to(self.compute_dtype)
 
     def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
         plan = attention.SegmentPlan.build(batch.segments)
@@ -183,20 +186,6 @@ class Policy(nn.Module):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
             ).last_hidden_state[0]
-
-    def _unshared_hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """One response at a time, prompt included: slower, for models whose attention cannot share prompts."""
-        rows = []
-        for segment in batch.segments:
-            start, prompt = segment.start, segment.prompt_length
-            prompt_ids = batch.token_T[start : start + prompt]
-            at = start + prompt
-            for length in segment.response_lengths:
-                ids = torch.cat((prompt_ids, batch.token_T[at : at + length]))
-                hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-                rows.append(hidden[prompt - 1 :])
-                at += length
-        return torch.cat(rows)
 
     def forward(
         self, batch: PackedBatch, loss_fn: Callable, normalizer: float, eos_id: int | None = None
@@ -250,7 +239,7 @@ class Policy(nn.Module):
     def _why_sharing_differs(self) -> str | None:
         """Runs two short groups both ways: whatever a model's layers do, their hidden states must agree."""
         batch = _probe_batch(self.stop_ids[0], self.device)
-        alone_RD = self._unshared_hidden(batch)
+        alone_RD = unshared.hidden_rows(self.model, batch, is_sharded=False, max_padded=1.0)
         try:
             shared_RD = self._shared_hidden(batch)[batch.row_R]
         except (ValueError, TypeError) as error:

@@ -104,6 +104,7 @@ class Trainer:
             "best_reward": None,
             "bad_evals": 0,
             "num_nonfinite": 0,
+            "kl": 0.0,
             "wall_s": 0.0,
         }
         self.step = self._restore() if resume else 0
@@ -136,12 +137,14 @@ class Trainer:
         ):
             if self.eval_prompts and self.step == 0:
                 self._evaluate("before")
-            stopped = signal = None
-            while self.step < config.run.steps and not stopped:
+            stopped, signal = self._why_stop(), None
+            while self.step < config.run.steps and not (stopped or signal):
                 self._train_one_step()
                 signal = next(filter(None, distributed.all_gather(stop.reason)), None)
-                stopped = signal or self._evaluate_if_due()
-                if stopped or self._is_checkpoint_due():
+                if not signal and self._is_evaluation_due():
+                    self._evaluate_on_the_way()
+                    stopped = self._why_stop()
+                if stopped or signal or self._is_checkpoint_due():
                     self._save()
             if signal:
                 self.checkpoints.wait()
@@ -228,21 +231,29 @@ class Trainer:
             lambda: self.load_whole(config.model.without_adapter),
         )  # fmt: skip
 
-    def _evaluate_if_due(self) -> str | None:
-        """Evaluates every eval.every steps, keeps the best policy; returns why to stop, or None."""
-        config = self.config.eval
-        if not (
-            config.every and self.eval_prompts and self.step % config.every == 0 and self.step < self.config.run.steps
-        ):
-            return None
-        measured = self._evaluate(f"step_{self.step:06d}")
-        reward, kl = measured["eval/reward"], measured["eval/kl"]
+    def _is_evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return bool(self.eval_prompts and every and self.step % every == 0 and self.step < self.config.run.steps)
+
+    def _evaluate_on_the_way(self) -> None:
+        """Keeps the best policy, and what _why_stop goes by."""
+        measured = self._evaluate(self._evaluation_name())
+        reward = measured["eval/reward"]
+        self.state["kl"] = measured["eval/kl"]
         if self.state["best_reward"] is None or reward > self.state["best_reward"]:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
                 self._export("best", {"steps": self.step})
         else:
             self.state["bad_evals"] += 1
+
+    def _evaluation_name(self) -> str:
+        return f"step_{self.step:06d}"
+
+    def _why_stop(self) -> str | None:
+        """What the evaluations so far say against going on. All of it is in the checkpoints: a run that was killed after it
+        stopped does not train on."""
+        config, kl = self.config.eval, self.state["kl"]
         if config.max_kl is not None and kl > config.max_kl:
             return f"KL to the start is {kl:.4f} nats per token, over eval.max_kl = {config.max_kl}"
         if config.patience and self.state["bad_evals"] >= config.patience:
@@ -281,8 +292,8 @@ class Trainer:
         if not found:
             return 0
         step, path = found[-1]
-        self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
-        self.updater.guard.count = self.state.get("num_nonfinite", 0)  # which older checkpoints lack
+        self.state |= load_checkpoint(path, self.policy, self.updater.optimizer)  # an older one may lack a key
+        self.updater.guard.count = self.state["num_nonfinite"]
         if self.updater.reference is not None:
             self.updater.reference.restore(step)
         self._push(step)
@@ -304,7 +315,7 @@ class Trainer:
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         """Final evaluation, export, report and summary."""
-        if self.eval_prompts and not distributed.on_main(self._is_evaluated):
+        if self.eval_prompts and not distributed.on_main(self._has_last_evaluation):
             self._evaluate("after")
         self.checkpoints.wait()
         summary = distributed.on_main(lambda: self._summarise(stopped))
@@ -312,8 +323,15 @@ class Trainer:
         distributed.on_main(lambda: write_report(self.run_dir) and None)
         return summary
 
-    def _is_evaluated(self) -> bool:
-        return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
+    def _has_last_evaluation(self) -> bool:
+        """Whether eval/after.jsonl is of this step; an evaluation on the way that stopped the run becomes it."""
+        if not any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path)):
+            return False
+        folder = self.run_dir / "eval"
+        on_the_way = folder / f"{self._evaluation_name()}.jsonl"
+        if on_the_way.exists():
+            write_rows_atomic(folder / "after.jsonl", read_rows(on_the_way))
+        return True
 
     def _summarise(self, stopped: str | None) -> dict[str, Any]:
         summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}

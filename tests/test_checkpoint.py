@@ -1,4 +1,6 @@
+import json
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -6,6 +8,7 @@ import textwrap
 import pytest
 import torch
 
+from ampo_fast import checkpoint
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
 from ampo_fast.config import CheckpointConfig, ModelConfig, OptimConfig
 from ampo_fast.model import Policy
@@ -62,6 +65,48 @@ def test_a_truncated_file_is_named_with_the_way_out(tiny_model, tmp_path):
         load_checkpoint(path, policy, optimizer)
 
 
+def test_a_flipped_bit_is_named_with_its_file_and_the_way_out(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
+    assert len(list(path.glob("*.safetensors"))) == 4
+    for shard in path.glob("*.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 0x40
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{shard.name} is not what was written.*fall back"):
+            load_checkpoint(path, policy, optimizer)
+        content[-3] ^= 0x40
+        shard.write_bytes(content)
+    load_checkpoint(path, policy, optimizer)
+
+
+def test_a_checkpoint_from_before_there_were_crcs_loads(tiny_model, tmp_path):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {"of": 1})
+    header = json.loads((path / "state.json").read_text())
+    assert header.pop("crc32").keys() == header["files"].keys()
+    (path / "state.json").write_text(json.dumps(header))
+    assert load_checkpoint(path, policy, optimizer) == {"of": 1}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda header: [header], "holds a list"),
+        (lambda header: header | {"files": None}, "lacks 'files'"),
+        (lambda header: {k: v for k, v in header.items() if k != "state"}, "lacks 'state'"),
+        (lambda header: header | {"world_size": "2"}, "lacks 'world_size'"),
+    ],
+)
+def test_a_state_file_that_is_no_state_is_named(tiny_model, tmp_path, damage, said):
+    policy, optimizer = trained(tiny_model, 0)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
+    file = path / "state.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=rf"step_000001/state\.json {said}.*fall back"):
+        load_checkpoint(path, policy, optimizer)
+
+
 def test_a_checkpoint_of_another_format_is_refused(tiny_model, tmp_path):
     policy, optimizer = trained(tiny_model, 0)
     path = save_checkpoint(tmp_path, 1, policy, optimizer, {})
@@ -106,6 +151,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_model, tmp_path):
     policy, optimizer = trained(tiny_model, 1)
     assert load_checkpoint(tmp_path / "step_000001", policy, optimizer) == {"of": 1}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_too_little_room_is_named_before_anything_is_written(tiny_model, tmp_path, monkeypatch):
+    policy, optimizer = trained(tiny_model, 0)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(checkpoint, "write_shards", lambda *_: pytest.fail("was written"))
+    with pytest.raises(OSError, match=r"needs \d+ MiB.*0 MiB free.*checkpoint\.keep_last"):
+        save_checkpoint(tmp_path / "checkpoints", 1, policy, optimizer, {})
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_run_that_cannot_fit_is_refused_at_the_start(tiny_policy, tmp_path):

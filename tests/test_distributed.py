@@ -39,6 +39,11 @@ VARIANTS = {
         "run": {"steps": 3}, "eval": NO_EVAL, "loss": {"name": "BMC"}, "optim": {"micro_batch_tokens": 40},
         "rollout": {"engine": "data", "prompts_per_round": 0}, "reward": {"kind": "data"}, "select": {"k": 1},
     },
+    # A rank with nothing to train on beside one whose pairs, of unlike lengths, run in two calls.
+    "unshared": {
+        "run": {"steps": 4}, "eval": NO_EVAL, "model": {"attention": "unshared"}, "optim": {"prompts_per_step": 1},
+        "rollout": {"engine": "data", "prompts_per_round": 0}, "reward": {"kind": "data"}, "select": {"k": 1},
+    },
     "bfloat16": {"run": {"steps": 2}, "eval": NO_EVAL, "model": {"dtype": "bfloat16"}},
     "recomputed": {"run": {"steps": 3}, "eval": NO_EVAL, "optim": {"activation_checkpointing": True}},
     "lora": {
@@ -53,7 +58,8 @@ if find_spec("peft") is None:
 def write_variants(tmp_path, tiny_model):
     pairs = [{"id": f"g{i}", "prompt": f"q{i}", "chosen": "aei" * (i + 2), "rejected": "aexyz"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    VARIANTS["given"]["data"] = {"train": str(tmp_path / "pairs.jsonl")}
+    for name in ("given", "unshared"):
+        VARIANTS[name]["data"] = {"train": str(tmp_path / "pairs.jsonl")}
     return {
         name: write_run(tmp_path, tiny_model, f"{name}.toml", **(v | {"run": v["run"] | {"name": name, "timeout_s": 300}}))
         for name, v in VARIANTS.items()
@@ -149,8 +155,10 @@ def test_the_export_of_shards_is_the_checkpoint_and_loads_on_one_rank(two_ranks)
     exported = {name: p.clone() for name, p in policy.model.named_parameters()}
     (step, newest) = checkpoint_dirs(run_dir / "checkpoints")[-1]
     assert step == 10
-    assert json.loads((newest / "state.json").read_text())["world_size"] == 2
-    assert len(list(newest.glob("*.safetensors"))) == 2
+    header = json.loads((newest / "state.json").read_text())
+    assert header["world_size"] == 2
+    assert header["crc32"].keys() == {shard.name for shard in newest.glob("*.safetensors")}
+    assert len(header["crc32"]) == 2
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.zero_()

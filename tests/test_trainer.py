@@ -1,6 +1,7 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from runs import command, comparable, of_other_modes, reached, write_run
 from ampo_fast.config import load_config
 from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.preview import dry_run
-from ampo_fast.trainer import train
+from ampo_fast.trainer import Trainer, train
 
 WHOLE = [
     "config.json",
@@ -121,6 +122,35 @@ def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
     argv, env = command(config, "--resume", "auto")
     assert subprocess.run(argv, env=env, capture_output=True, check=False).returncode == 0
     assert comparable(run_dir) == comparable(finished[1])
+
+
+@pytest.mark.parametrize(
+    ("stop", "lr", "said", "steps"),
+    [({"patience": 2}, 1e-9, r"eval\.patience", 3), ({"max_kl": 1e-9}, 3e-3, r"eval\.max_kl", 1)],
+)
+def test_an_early_stop_ends_whole_and_stays_the_end_after_a_kill(
+    tiny_model, tmp_path, monkeypatch, stop, lr, said, steps
+):
+    path = write_run(tmp_path, tiny_model, eval={"every": 1, "prompts": 2} | stop, optim={"lr": lr})
+    config, run_dir = load_config(str(path)), tmp_path / "runs/r"
+
+    def kill(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_finish", kill)
+        with pytest.raises(InterruptedError):
+            train(config)
+    before = comparable(run_dir)
+    for _ in range(2):  # also a run that has come to its end may be resumed
+        summary = train(config, resume=True)
+        assert summary["steps"] == steps
+        assert re.search(said, summary["stopped"])
+        assert comparable(run_dir) == before
+    for name in ("final/model.safetensors", "report.html", "summary.json"):
+        assert (run_dir / name).is_file(), name
+    last = run_dir / f"eval/step_{steps:06d}.jsonl"
+    assert (run_dir / "eval/after.jsonl").read_bytes() == last.read_bytes()
 
 
 def losses(tmp_path, tiny_model, name, **sections):
