@@ -325,13 +325,17 @@ class Trainer:
             self.checkpoints.save(self.step, self.state)
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
-        """Final evaluation, export, report and summary."""
+        """Final evaluation and export; then, of the model that is safe by now, summary, card and report."""
         if self.eval_prompts and not distributed.on_main(self._is_evaluated):
             self._evaluate("after")
         self.checkpoints.wait()
-        summary = distributed.on_main(lambda: self._summarise(stopped))
-        self._export("final", summary)
-        distributed.on_main(lambda: write_report(self.run_dir) and None)
+        export(self.policy, self.run_dir / "final")
+        return distributed.on_main(lambda: self._describe(stopped))
+
+    def _describe(self, stopped: str | None) -> dict[str, Any]:
+        summary = self._summarise(stopped)
+        write_model_card(self.run_dir / "final", self.config, summary)
+        write_report(self.run_dir)
         return summary
 
     def _is_evaluated(self) -> bool:
@@ -341,7 +345,10 @@ class Trainer:
         summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}
         if self.eval_prompts:
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
-            summary |= paired_summary(before, after)
+            try:
+                summary |= paired_summary(before, after)
+            except ValueError as error:  # nothing scored in both: no result, but a run all the same
+                self.progress.note(f"no result: {error}")
             print_completions(before, after, file=sys.stderr)
         if stopped:
             summary["stopped"] = stopped
@@ -362,4 +369,5 @@ def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any, 
         print(f"\n{old['prompt'][-1]['content']}", file=file)
         for name, row in (("before", old), ("after", new)):
             response = row["responses"][0]
-            print(f"  {name:>6} [{response['reward_raw']:.2f}] {response['content']!r}", file=file)
+            reward = "none" if response["reward_raw"] is None else f"{response['reward_raw']:.2f}"
+            print(f"  {name:>6} [{reward}] {response['content']!r}", file=file)

@@ -159,6 +159,25 @@ def test_missing_rewards_stop_the_run_and_keep_the_samples(tiny_model, tmp_path)
     assert (tmp_path / "runs/r/rollouts/step_000001.partial.jsonl").stat().st_size > 0
 
 
+@pytest.mark.parametrize(("kind", "num_prompts"), [("missing_tea", 3), ("broken", None)])
+def test_unscored_held_out_answers_do_not_end_a_trained_run(tiny_model, tmp_path, capsys, kind, num_prompts):
+    reward = {"kind": f"toy_rewards:{kind}", "max_missing_share": 1.0}
+    path = write_run(tmp_path, tiny_model, run={"steps": 1}, reward=reward, eval={"every": 0})
+    summary = train(load_config(str(path)))
+    assert summary.get("num_prompts") == num_prompts
+    assert "[none]" in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs/r/summary.json").read_text()) == summary
+    assert (tmp_path / "runs/r/final/README.md").is_file()
+
+
+def test_the_model_is_exported_before_anything_is_said_of_it(tiny_model, tmp_path, monkeypatch):
+    path = write_run(tmp_path, tiny_model, run={"steps": 1}, eval={"every": 0})
+    monkeypatch.setattr("ampo_fast.trainer.paired_summary", lambda before, after: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(load_config(str(path)))
+    assert (tmp_path / "runs/r/final/model.safetensors").is_file()
+
+
 def test_offline_training_from_multi_response_data(tiny_model, tmp_path):
     rows = [
         {
