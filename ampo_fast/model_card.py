@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
@@ -110,7 +109,7 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
         "model_card.md.j2",
         config=config,
         summary=summary,
-        result={key: summary[key] for key in _RESULT} if all(_is_finite(summary.get(key)) for key in _RESULT) else None,
+        result={key: summary[key] for key in _RESULT} if all(summary.get(key) is not None for key in _RESULT) else None,
         untrained=_untrained(config.run_dir / METRICS_FILE, summary["steps"]),
         start=f"`{_HUB_NAMES.get(config.model.path, config.model.path)}`",
         base_model=_hub_name(config.model.path),
@@ -145,10 +144,6 @@ def _candidates(config: Config) -> str:
 
 
 _RESULT = ("reward_before", "reward_after", "reward_se", "win_rate", "num_prompts")
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _hub_name(path: str) -> str | None:
