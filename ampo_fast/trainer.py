@@ -33,7 +33,7 @@ from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
-from ampo_fast.run_dir import open_run_dir
+from ampo_fast.run_dir import keep_data, open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.segments import with_segments
 from ampo_fast.stage_files import read_rows, write_rows_atomic
@@ -95,6 +95,8 @@ class Trainer:
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
+        read = {"data.train": self.train_prompts, "data.eval": self.eval_prompts}
+        distributed.on_main(lambda: keep_data(self.run_dir, read))
         if self.updater.reference is not None:
             self.updater.reference.keep_in(self.run_dir)
         self.state: dict[str, Any] = {

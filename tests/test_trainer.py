@@ -101,6 +101,17 @@ def test_kill_9_and_resume_give_the_same_metrics_bit_for_bit(finished, tiny_mode
         assert (run_dir / name).read_bytes() == (finished[1] / name).read_bytes()
 
 
+def test_a_run_is_not_resumed_on_changed_data(tiny_model, tmp_path):
+    path = write_run(tmp_path, tiny_model, run={"steps": 2}, eval={"prompts": 0})
+    train(load_config(str(path)))
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text().replace("say sun", "say soon"))
+    before = (tmp_path / "runs/r/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"data\.train gives other prompts"):
+        train(load_config(str(path)), resume=True)
+    assert (tmp_path / "runs/r/metrics.jsonl").read_bytes() == before
+
+
 def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
     config = write_run(tmp_path, tiny_model)
     run_dir = tmp_path / "runs" / "r"
