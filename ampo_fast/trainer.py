@@ -36,11 +36,12 @@ from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import keep_data, open_run_dir
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.segments import with_segments
+from ampo_fast.select import why_untrained
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.trace import TRACE_FILE, Trace
-from ampo_fast.types import Prompt
+from ampo_fast.types import Prompt, SelectedGroup
 from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
@@ -102,10 +103,12 @@ class Trainer:
         self.state: dict[str, Any] = {
             "spreads": [],
             "num_tokens": 0,
+            "trained_groups": 0,
             "best_reward": None,
             "bad_evals": 0,
             "wall_s": 0.0,
         }
+        self.has_warned = False
         self.step = self._restore() if resume else 0
         require_disk(self.run_dir, self.policy, config.checkpoint)
         self.checkpoints = CheckpointWriter(
@@ -158,6 +161,7 @@ class Trainer:
         selected = selected[at : at + self.config.optim.prompts_per_step]
         metrics = self.updater.step(selected, self.step, self.progress, self._is_comparable)
         self.state["num_tokens"] += metrics["num_tokens"]
+        self._count_trained(selected)
         if distributed.is_main():  # which alone has the candidates that were not selected
             metrics |= group_metrics(selected, self.rounds.reward_tol, self.step) | self.rounds.overlap_metrics
         self.step += 1
@@ -167,6 +171,14 @@ class Trainer:
         if distributed.is_main():
             metrics = self._log_step(metrics)
         self.progress.step_done(self.step, metrics)
+
+    def _count_trained(self, selected: Sequence[SelectedGroup]) -> None:
+        """Says the first time that a step has nothing to train on: a run of such steps ends like any other."""
+        num_trained = sum(group.is_trained for group in selected)
+        self.state["trained_groups"] += num_trained
+        if not (num_trained or self.has_warned):
+            self.has_warned = True
+            self.progress.note(f"warning: step {self.step + 1} trains on no group: {why_untrained(selected)}")
 
     def _sync(self, version: int) -> None:
         """Sends the weights to everyone who holds a copy, once no request is in flight; every rank takes part."""
@@ -240,7 +252,7 @@ class Trainer:
         if self.state["best_reward"] is None or reward > self.state["best_reward"]:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
-                self._export("best", {"steps": self.step})
+                self._export("best", self._reached())
         else:
             self.state["bad_evals"] += 1
         if config.max_kl is not None and kl > config.max_kl:
@@ -307,7 +319,7 @@ class Trainer:
         if not found:
             return 0
         step, path = found[-1]
-        self.state = load_checkpoint(path, self.policy, self.updater.optimizer)
+        self.state |= load_checkpoint(path, self.policy, self.updater.optimizer)  # an older one may lack a key
         if self.updater.reference is not None:
             self.updater.reference.restore(step)
         self._push(step)
@@ -343,8 +355,11 @@ class Trainer:
     def _is_evaluated(self) -> bool:
         return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
 
+    def _reached(self) -> dict[str, int]:
+        return {"steps": self.step, "trained_groups": self.state["trained_groups"]}
+
     def _summarise(self, stopped: str | None) -> dict[str, Any]:
-        summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}
+        summary: dict[str, Any] = {"run_dir": str(self.run_dir)} | self._reached()
         if self.eval_prompts:
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
             try:

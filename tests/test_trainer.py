@@ -47,7 +47,7 @@ def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
     summary = json.loads(done.stdout.splitlines()[-1])
     wanted = {"run_dir", "steps", "reward_before", "reward_after", "reward_se", "win_rate", "wall_s", "peak_rss_mib"}
     assert wanted <= summary.keys()
-    assert summary["steps"] == 6
+    assert (summary["steps"], summary["trained_groups"]) == (6, 12)
     for name in WHOLE:
         assert (run_dir / name).is_file(), name
     assert not list((run_dir / "rollouts").glob("*partial*"))
@@ -145,13 +145,19 @@ def test_micro_batches_do_not_change_the_step(tiny_model, tmp_path):
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
 
 
-def test_degenerate_groups_are_skipped_and_counted(tiny_model, tmp_path):
+def test_degenerate_groups_are_skipped_and_counted(tiny_model, tmp_path, capsys):
     path = write_run(
         tmp_path, tiny_model, run={"steps": 2}, reward={"kind": "toy_rewards:constant"}, eval={"prompts": 0}
     )
-    train(load_config(str(path)))
+    summary = train(load_config(str(path)))
     rows = comparable(tmp_path / "runs" / "r")
     assert [row["group/trained"] for row in rows] == [0, 0]
+    assert summary["trained_groups"] == 0
+    shown = capsys.readouterr().err
+    assert shown.count("warning: step") == 1
+    assert "step 1 trains on no group: rewards equal within the tolerance (2 of 2); see reward.kind" in shown
+    assert "trained 0/2" in shown
+    assert "not trained: none of the 4 groups" in (tmp_path / "runs/r/final/README.md").read_text()
     assert [row["group/degenerate"] for row in rows] == [1.0, 1.0]
     assert all("loss" not in row for row in rows)
     from safetensors.torch import load_file
