@@ -20,7 +20,7 @@ LEVELS = [
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "rounds", "active_pairs",
-     "http_client", "http_reward", "engines", "main_engine", "lookahead",
+     "http_client", "http_reward", "python_reward", "engines", "main_engine", "lookahead",
      "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",
      "reward_model.checkpoint", "reward_model.classifier_settings", "reward_model.data", "reward_model.evaluation",
      "reward_model.frozen_blocks", "reward_model.mean_pooling", "reward_model.model", "reward_model.text"},
