@@ -22,6 +22,7 @@ from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.engines import make_engine
+from ampo_fast.jsonl import read_jsonl
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
@@ -34,6 +35,7 @@ from ampo_fast.stage_files import (
     RowWriter,
     embeddings_path,
     group_from_row,
+    is_stage_row,
     mark,
     read_embeddings,
     read_rows,
@@ -44,7 +46,7 @@ from ampo_fast.stage_files import (
     write_rewards,
     write_rows_atomic,
 )
-from ampo_fast.types import Prompt, Sampling
+from ampo_fast.types import GivenResponse, Prompt, Sampling
 
 _BATCH_PROMPTS = 64
 """Prompts scored, embedded or selected between two writes."""
@@ -221,9 +223,25 @@ def _put_in_order(output: Path, ids: Sequence[str]) -> None:
 def _input(stage: str, config: Config, source: Path, output: Path) -> list[Row]:
     if source.resolve() == output.resolve():
         raise ValueError(f"--input and --output are both {source}; choose another --output")
-    rows = [_as_stage_row(row) for row in read_rows(source)]
+    rows = [_as_stage_row(row) for row in _read(source)]
     _claim(stage, config, output)
     return rows
+
+
+def _read(source: Path) -> list[Row]:
+    """The rows of a stage file, or those of a data file of any format that brings responses."""
+    if source.suffix != ".parquet" and is_stage_row(next(read_jsonl(source))[1]):
+        return read_rows(source)
+    prompts = load_prompts(str(source), needs_responses=True)
+    return [
+        {"id": prompt.id, "prompt": list(prompt.messages), "responses": list(map(_given, prompt.responses))}
+        for prompt in prompts
+    ]
+
+
+def _given(response: GivenResponse) -> dict[str, Any]:
+    scores = {"scores": dict(response.scores)} if response.scores else {}
+    return {"content": response.content, "reward": response.reward} | scores
 
 
 def _as_stage_row(row: Row) -> Row:
