@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 ADVANCED = {"advanced": True}
-"""Marks a field that help leaves out and everything else knows."""
+"""Marks a field that help lists last."""
 
 
 class Section(BaseModel):
@@ -320,7 +320,7 @@ class Config(Section):
 
 
 def field_paths(section: type[Section] = Config, prefix: str = "", is_full: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yields ("section.field", FieldInfo) for every visible field; a section within a section is one, like model.lora.
+    """Yields ("section.field", FieldInfo) for every common field; a section within a section is one, like model.lora.
 
     is_full: also the advanced ones and those of inner sections.
     """
