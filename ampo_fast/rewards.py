@@ -65,7 +65,9 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str, field: str
         model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder("package:all-minilm-l6-v2")
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
     if kind.startswith("classifier:"):
-        return _Classifier(kind.removeprefix("classifier:"), config.optim.micro_batch_tokens)
+        return _Classifier(
+            kind.removeprefix("classifier:"), config.optim.micro_batch_tokens, f"the classifier of {field}"
+        )
     if kind.startswith(("http://", "https://")):
         return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
     if ":" not in kind:
@@ -111,8 +113,8 @@ def _triples(text: str) -> list[tuple[str, ...]]:
 class _Classifier:
     """A HuggingFace sequence classifier with one output, over the chat template of prompt + response."""
 
-    def __init__(self, path: str, max_tokens: int) -> None:
-        self.model = RewardModel.load(RewardModelConfig(path=path), field="reward.kind = classifier:")
+    def __init__(self, path: str, max_tokens: int, field: str) -> None:
+        self.model = RewardModel.load(RewardModelConfig(path=path), field=field)
         self.max_tokens = max_tokens
 
     def __call__(self, groups: Sequence[CandidateGroup]) -> list[list[float]]:
