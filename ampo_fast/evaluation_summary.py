@@ -9,11 +9,11 @@ from typing import Any
 
 def paired_summary(
     before_rows: Sequence[Mapping[str, Any]], after_rows: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Means, paired standard error and win rate of raw rewards over prompts that both files scored.
 
     With m_p the mean raw reward of prompt p's samples and d_p = m_p(after) - m_p(before) over P
-    prompts: reward = mean_p m_p, reward_se = sqrt(sum (d_p - mean d)^2 / (P - 1) / P) (NaN for one
+    prompts: reward = mean_p m_p, reward_se = sqrt(sum (d_p - mean d)^2 / (P - 1) / P) (None for one
     prompt), and win_rate = mean of [d_p > 0] + [d_p = 0] / 2. Rows are stage-file rows; samples
     without a reward are left out of m_p, prompts without one on either side are left out of
     everything (num_prompts says how many stayed).
@@ -62,10 +62,10 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-def _standard_error(differences: Sequence[float]) -> float:
+def _standard_error(differences: Sequence[float]) -> float | None:
     count = len(differences)
     if count < 2:
-        return math.nan
+        return None
     center = _mean(differences)
     variance = math.fsum((d - center) ** 2 for d in differences) / (count - 1)
     return math.sqrt(variance / count)

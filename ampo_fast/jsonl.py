@@ -70,4 +70,15 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if b"\\ud" in line.lower():  # an escaped surrogate: two of them are a character, one alone is not
+        _check_whole_characters(row, where)
     return row
+
+
+def _check_whole_characters(row: dict[str, Any], where: str) -> None:
+    """A tokenizer takes no text that is not Unicode, and UTF-8 cannot write it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where}: {half} is half a character (a text was cut inside one); remove it") from None

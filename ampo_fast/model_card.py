@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
@@ -98,20 +97,21 @@ def _commit() -> str | None:
 def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -> Path:
     """Writes model_dir/README.md: from what, how, with which result it was trained, and what that does not say.
 
-    summary: "steps", and, where the policy was evaluated, the numbers of paired_summary. What nothing trains on is
-    read from the run's metrics.jsonl up to that step.
+    summary: "steps", "trained_groups", and, where the policy was evaluated, the numbers of paired_summary. What nothing
+    trains on is read from the run's metrics.jsonl up to that step.
     """
     loss, given = config.loss, config.rollout.engine == "data"
     # A gamma that was fitted stands in the summary; the config has only how.
     fitted = {key: summary[key] for key in ("gamma",) if key in summary}
     params = ", ".join(f"{key} = {value}" for key, value in (loss.params | fitted).items())
-    num_prompts = summary["steps"] * config.optim.prompts_per_step
+    num_prompts = summary["steps"] * config.optim.prompts_per_step  # repeats counted: one group each
     card = render(
         "model_card.md.j2",
         config=config,
         summary=summary,
-        result={key: summary[key] for key in _RESULT} if all(_is_finite(summary.get(key)) for key in _RESULT) else None,
+        result={key: summary[key] for key in _RESULT} if all(summary.get(key) is not None for key in _RESULT) else None,
         untrained=_untrained(config.run_dir / METRICS_FILE, summary["steps"]),
+        num_groups=num_prompts,
         start=f"`{_HUB_NAMES.get(config.model.path, config.model.path)}`",
         base_model=_hub_name(config.model.path),
         tags=list(dict.fromkeys(["ampo", "ampo_fast", "preference-optimization", loss.name.lower()])),
@@ -145,10 +145,6 @@ def _candidates(config: Config) -> str:
 
 
 _RESULT = ("reward_before", "reward_after", "reward_se", "win_rate", "num_prompts")
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _hub_name(path: str) -> str | None:

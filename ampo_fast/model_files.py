@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ampo_fast import lora
+from ampo_fast.assets import from_hub
 from ampo_fast.config import ModelConfig
 
 
@@ -17,7 +18,8 @@ def read_model(source: str, config: ModelConfig) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path = {config.path!r} cannot be loaded as a causal LM: {error}") from error
+        where = from_hub(source)
+        raise ValueError(f"model.path = {config.path!r}{where} cannot be loaded as a causal LM: {error}") from error
     if config.lora.rank:
         lora.inject(model, config.lora)
     return model

@@ -140,6 +140,8 @@ class TrainingProgress:
 
     def _numbers(self) -> list[str]:
         parts = [f"{key} {self._metrics[key]:.4f}" for key in ("reward", "loss") if key in self._metrics]
+        if "group/count" in self._metrics:
+            parts.append(f"trained {self._metrics['group/trained']}/{self._metrics['group/count']}")
         if "perf/tokens_per_second" in self._metrics:
             parts.append(f"{self._metrics['perf/tokens_per_second']:,.0f} tokens/s")
         return parts

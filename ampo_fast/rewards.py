@@ -5,7 +5,6 @@ N candidates of a group, S scorers.
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 import string
@@ -20,6 +19,7 @@ from ampo_fast.embeddings import Embedder, SentenceEncoder
 from ampo_fast.engine_config import HttpConfig, read_options
 from ampo_fast.http_reward import HttpScorer
 from ampo_fast.losses.margins import calibrated_reward
+from ampo_fast.python_reward import PythonScorer
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.model import RewardModel
 from ampo_fast.rollouts.segments import GIVEN, REWRITTEN
@@ -34,7 +34,7 @@ RewardFn = Callable[[Sequence[CandidateGroup]], list[list[Reward]]]
 _KINDS = "relevance, data, data:SCORE, classifier:PATH, http://URL or MODULE:FUNCTION"
 
 TextReward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[Number]]
-"""What a user's module:function looks like: one prompt for each response."""
+"""One prompt for each response."""
 
 
 def make_reward(config: Config, encoder: Embedder | None = None, kind: str | None = None) -> RewardFn:
@@ -42,8 +42,8 @@ def make_reward(config: Config, encoder: Embedder | None = None, kind: str | Non
 
     An encoder that is already loaded is used again by `relevance`.
     """
-    kinds = (kind,) if kind else config.reward.kinds
-    scorers = [_make_scorer(config, encoder, each) for each in kinds]
+    kinds, field = ((kind,), "eval.reward") if kind else (config.reward.kinds, "reward.kind")
+    scorers = [_make_scorer(config, encoder, each, field) for each in kinds]
     return scorers[0] if len(scorers) == 1 else _side_by_side(scorers)
 
 
@@ -55,7 +55,7 @@ def _side_by_side(scorers: Sequence[RewardFn]) -> RewardFn:
     return reward_fn
 
 
-def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardFn:
+def _make_scorer(config: Config, encoder: Embedder | None, kind: str, field: str) -> RewardFn:
     if config.rollout.segment_tokens and kind == "data":
         return lambda groups: [[GIVEN, REWRITTEN] for _ in groups]
     if kind == "data":
@@ -66,16 +66,14 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str) -> RewardF
         model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder("package:all-minilm-l6-v2")
         return _on_texts(lambda prompts, responses: relevance(prompts, responses, model))
     if kind.startswith("classifier:"):
-        return _Classifier(kind.removeprefix("classifier:"), config.optim.micro_batch_tokens)
+        return _Classifier(
+            kind.removeprefix("classifier:"), config.optim.micro_batch_tokens, f"the classifier of {field}"
+        )
     if kind.startswith(("http://", "https://")):
         return _on_texts(HttpScorer(kind, read_options(HttpConfig, config.reward.options, "reward.options")))
-    module, colon, function = kind.partition(":")
-    if not colon:
-        raise ValueError(f"reward.kind = {kind!r}; use {_KINDS}")
-    try:
-        return _on_texts(getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.kind = {kind!r} cannot be imported: {error}") from error
+    if ":" not in kind:
+        raise ValueError(f"{field} = {kind!r}; use {_KINDS}")
+    return _on_texts(PythonScorer(kind, field))
 
 
 def _given_scores(prompt: Prompt, name: str) -> list[Number]:
@@ -116,8 +114,8 @@ def _triples(text: str) -> list[tuple[str, ...]]:
 class _Classifier:
     """A HuggingFace sequence classifier with one output, over the chat template of prompt + response."""
 
-    def __init__(self, path: str, max_tokens: int) -> None:
-        self.model = RewardModel.load(RewardModelConfig(path=path), field="reward.kind = classifier:")
+    def __init__(self, path: str, max_tokens: int, field: str) -> None:
+        self.model = RewardModel.load(RewardModelConfig(path=path), field=field)
         self.max_tokens = max_tokens
 
     def __call__(self, groups: Sequence[CandidateGroup]) -> list[list[float]]:
@@ -133,10 +131,7 @@ def _on_texts(score: TextReward) -> RewardFn:
     def reward_fn(groups: Sequence[CandidateGroup]) -> list[list[Reward]]:
         prompts = [group.prompt for group in groups for _ in group.candidates]
         responses = [candidate.content for group in groups for candidate in group.candidates]
-        flat = list(score(prompts, responses))
-        if len(flat) != len(responses):
-            raise ValueError(f"the reward function returned {len(flat)} rewards for {len(responses)} responses")
-        rewards = iter(flat)
+        rewards = iter(score(prompts, responses))
         return [[next(rewards) for _ in group.candidates] for group in groups]
 
     return reward_fn

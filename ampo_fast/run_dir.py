@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ampo_fast.config import Config
 from ampo_fast.files import write_json
 from ampo_fast.reward_model.config import RewardTrainingConfig
+from ampo_fast.types import Prompt
 
 # Fields that may differ on --resume: they change who watches and how long, not what is computed.
 _FREE = (
@@ -51,6 +53,34 @@ def open_run_dir(
         (path / name).mkdir(exist_ok=True)
     write_json(saved, resolved)
     return path
+
+
+def keep_data(run_dir: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Writes the hashes of what the data fields give to data.json, or checks those of a resumed run against it.
+
+    Raises ValueError naming the field whose prompts, responses, rewards or order are others than the run began with: the
+    order of training goes by position, and what is already sampled and scored would be mixed with the new.
+    """
+    path = run_dir / "data.json"
+    now = {field: {"num_prompts": len(rows), "hash": _hash(rows)} for field, rows in prompts.items()}
+    begun = json.loads(path.read_text()) if path.exists() else now
+    for field, found in now.items():
+        if begun[field] != found:
+            before, after = begun[field]["num_prompts"], found["num_prompts"]
+            counts = f" ({before} prompts then, {after} now)" if before != after else ""
+            raise ValueError(
+                f"{field} gives other prompts, responses or rewards than {run_dir} began with{counts}; restore the data, or "
+                "use another --run.name"
+            )
+    write_json(path, now)
+
+
+def _hash(prompts: Iterable[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        given = [[r.content, r.reward, r.is_chosen, dict(r.scores)] for r in prompt.responses]
+        digest.update(json.dumps([prompt.id, prompt.messages, given], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

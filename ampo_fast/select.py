@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,20 @@ from ampo_fast.pareto import draw_sides
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.selection import select_responses
 from ampo_fast.types import Candidate, ScoredGroup, SelectedGroup
+
+_TOO_FEW = "fewer than two distinct valid responses"
+_EQUAL = "rewards equal within the tolerance"
+_CUT = "every valid response was cut by the length limit, so none may be the positive"
+_NOT_BETTER = "no response that may be the positive is better than another"
+_NONE_LOWER = "no response has a lower reward than the positive"
+_FIELDS = {
+    _TOO_FEW: "rollout.temperature, rollout.n, rollout.max_new_tokens and rollout.truncated, or the responses of data.train",
+    _EQUAL: "reward.kind, and reward.tol for what counts as equal",
+    _CUT: "rollout.max_new_tokens, and rollout.truncated for what becomes of a cut one",
+    _NOT_BETTER: "reward.kind, rollout.max_new_tokens and rollout.truncated",
+    _NONE_LOWER: "rollout.max_new_tokens and rollout.truncated: a cut response is never the positive",
+}
+"""Why a group is left out -> the fields that decide it."""
 
 
 class RewardTolerance:
@@ -78,6 +93,12 @@ def _sides(group: ScoredGroup, config: Config) -> tuple[Sequence[bool], Sequence
     return draw_sides(group, positive_ok, config.run.seed) if config.select.pareto else (group.valid, positive_ok)
 
 
+def why_untrained(groups: Sequence[SelectedGroup]) -> str:
+    """Of groups that are all left out: the commonest reason, and the fields that decide it."""
+    reason, count = Counter(group.skip_reason for group in groups).most_common(1)[0]
+    return f"{reason} ({count} of {len(groups)}); see {_FIELDS[reason]}"
+
+
 def without_unselected(group: SelectedGroup) -> SelectedGroup:
     """What training needs of a group: the candidates that are not trained on keep their place and lose their tokens."""
     kept = {*group.positive, *group.negative}
@@ -101,12 +122,12 @@ def _selected(
 
 def _why_degenerate(scored: ScoredGroup, reward_tol: float) -> str:
     if sum(scored.valid) < 2:
-        return "fewer than two distinct valid responses"
+        return _TOO_FEW
     if reward_spread(scored) <= reward_tol:
-        return "rewards equal within the tolerance"
+        return _EQUAL
     candidates = zip(scored.group.candidates, scored.valid, strict=True)
     if not any(ok and candidate.finish_reason == "stop" for candidate, ok in candidates):
-        return "every valid response was cut by the length limit, so none may be the positive"
+        return _CUT
     if scored.reward_by_scorer:
-        return "no response that may be the positive is better than another"
-    return "no response has a lower reward than the positive"
+        return _NOT_BETTER
+    return _NONE_LOWER

@@ -107,7 +107,10 @@ def group_from_row(row: Row, where: str = "row") -> CandidateGroup:
             )
             for response in row["responses"]
         )
-        given = tuple(GivenResponse(content=r["content"], reward=r.get("reward_raw")) for r in row["responses"])
+        given = tuple(
+            GivenResponse(content=r["content"], reward=r.get("reward_raw"), scores=r.get("scores") or {})
+            for r in row["responses"]
+        )
         prompt = Prompt(id=row["id"], messages=tuple(row["prompt"]), responses=given)
         return CandidateGroup(prompt=prompt, prompt_ids=tuple(row["prompt_ids"]), candidates=candidates)
     except (KeyError, TypeError) as error:
@@ -178,7 +181,17 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def is_stage_row(row: Row) -> bool:
+    return not _wrong_keys(row)
+
+
 def _check_row(row: Row, where: str) -> None:
+    wrong = _wrong_keys(row)
+    if wrong:
+        raise ValueError(f"{where}: not a row of a stage file ({', '.join(wrong)}); make it with `ampo-fast generate`")
+
+
+def _wrong_keys(row: Row) -> list[str]:
     wrong = [
         f"{name} must be {what}"
         for name, kind, what in (("id", str, "text"), ("prompt", list, "a list"), ("responses", list, "a list"))
@@ -186,8 +199,7 @@ def _check_row(row: Row, where: str) -> None:
     ]
     if not wrong and not all(isinstance(r, dict) and isinstance(r.get("content"), str) for r in row["responses"]):
         wrong = ["every response must have text content"]
-    if wrong:
-        raise ValueError(f"{where}: not a row of a stage file ({', '.join(wrong)}); make it with `ampo-fast generate`")
+    return wrong
 
 
 def embeddings_path(path: Path) -> Path:

@@ -23,6 +23,7 @@ from ampo_fast.config import Config
 from ampo_fast.data import load_prompts
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.files import save_tensors, write_atomic, write_json
+from ampo_fast.jsonl import read_jsonl
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
@@ -35,6 +36,7 @@ from ampo_fast.stage_files import (
     RowWriter,
     embeddings_path,
     group_from_row,
+    is_stage_row,
     mark,
     read_rows,
     row_from_group,
@@ -43,7 +45,7 @@ from ampo_fast.stage_files import (
     write_rewards,
     write_rows_atomic,
 )
-from ampo_fast.types import Prompt
+from ampo_fast.types import GivenResponse, Prompt
 
 KeepRows = Callable[[Sequence[Row]], None]
 
@@ -224,9 +226,25 @@ def _put_in_order(output: Path, ids: Sequence[str]) -> None:
 def _input(stage: str, config: Config, source: Path, output: Path) -> list[Row]:
     if source.resolve() == output.resolve():
         raise ValueError(f"--input and --output are both {source}; choose another --output")
-    rows = [_as_stage_row(row) for row in read_rows(source)]
+    rows = [_as_stage_row(row) for row in _read(source)]
     _claim(stage, config, output)
     return rows
+
+
+def _read(source: Path) -> list[Row]:
+    """The rows of a stage file, or those of a data file of any format that brings responses."""
+    if source.suffix != ".parquet" and is_stage_row(next(read_jsonl(source))[1]):
+        return read_rows(source)
+    prompts = load_prompts(str(source), needs_responses=True)
+    return [
+        {"id": prompt.id, "prompt": list(prompt.messages), "responses": list(map(_given, prompt.responses))}
+        for prompt in prompts
+    ]
+
+
+def _given(response: GivenResponse) -> dict[str, Any]:
+    scores = {"scores": dict(response.scores)} if response.scores else {}
+    return {"content": response.content, "reward": response.reward} | scores
 
 
 def _as_stage_row(row: Row) -> Row:

@@ -37,6 +37,7 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int)
         "group/size": len(pool) / len(groups),
         "group/unique_ratio": _mean(unique),
         "group/invalid": sum(not ok for s in scored for ok in s.valid),
+        "group/count": len(groups),
         "group/trained": len(trained),
         "group/degenerate": 1.0 - len(trained) / len(groups),
         "group/coverage_cost": _mean([group.cost for group in trained]),

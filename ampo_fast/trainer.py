@@ -41,12 +41,14 @@ from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker
-from ampo_fast.run_dir import open_run_dir
+from ampo_fast.run_dir import keep_data, open_run_dir
 from ampo_fast.sampler import read_prompts
+from ampo_fast.select import why_untrained
 from ampo_fast.stage_files import read_rows, write_rows_atomic
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.trace import TRACE_FILE, Trace
+from ampo_fast.types import SelectedGroup
 from ampo_fast.update import Updater
 from ampo_fast.weight_sync import push_weights
 
@@ -96,17 +98,21 @@ class Trainer:
         is_own = isinstance(self.engine, TransformersEngine)
         self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
+        read = {"data.train": prompts.read, "data.eval": self.eval_prompts}
+        distributed.on_main(lambda: keep_data(self.run_dir, read))
         if self.updater.reference is not None:
             self.updater.reference.keep_in(self.run_dir)
         self.state: dict[str, Any] = {
             "spreads": [],
             "num_tokens": 0,
+            "trained_groups": 0,
             "best_reward": None,
             "bad_evals": 0,
             "num_nonfinite": 0,
             "kl": 0.0,
             "wall_s": 0.0,
         }
+        self.has_warned = False
         self.step = self._restore() if resume else 0
         require_disk(self.run_dir, self.policy, config.checkpoint)
         self.checkpoints = CheckpointWriter(
@@ -161,6 +167,7 @@ class Trainer:
         selected = selected[at : at + self.config.optim.prompts_per_step]
         metrics = self.updater.step(selected, self.step, self.progress, self._is_comparable)
         self.state["num_tokens"] += metrics["num_tokens"]
+        self._count_trained(selected)
         if distributed.is_main():  # which alone has the candidates that were not selected
             metrics |= group_metrics(selected, self.rounds.reward_tol, self.step) | self.rounds.overlap_metrics
         self.step += 1
@@ -170,6 +177,14 @@ class Trainer:
         if distributed.is_main():
             metrics = self._log_step(metrics)
         self.progress.step_done(self.step, metrics)
+
+    def _count_trained(self, selected: Sequence[SelectedGroup]) -> None:
+        """Says the first time that a step has nothing to train on: a run of such steps ends like any other."""
+        num_trained = sum(group.is_trained for group in selected)
+        self.state["trained_groups"] += num_trained
+        if not (num_trained or self.has_warned):
+            self.has_warned = True
+            self.progress.note(f"warning: step {self.step + 1} trains on no group: {why_untrained(selected)}")
 
     def _sync(self, version: int) -> None:
         """Sends the weights to everyone who holds a copy, once no request is in flight; every rank takes part."""
@@ -243,7 +258,7 @@ class Trainer:
         if self.state["best_reward"] is None or reward > self.state["best_reward"]:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
-                self._export("best", {"steps": self.step})
+                self._export("best", self._reached())
         else:
             self.state["bad_evals"] += 1
 
@@ -314,13 +329,17 @@ class Trainer:
             self.checkpoints.save(self.step, self.state)
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
-        """Final evaluation, export, report and summary."""
+        """Final evaluation and export; then, of the model that is safe by now, summary, card and report."""
         if self.eval_prompts and not distributed.on_main(self._has_last_evaluation):
             self._evaluate("after")
         self.checkpoints.wait()
-        summary = distributed.on_main(lambda: self._summarise(stopped))
-        self._export("final", summary)
-        distributed.on_main(lambda: write_report(self.run_dir) and None)
+        export(self.policy, self.run_dir / "final")
+        return distributed.on_main(lambda: self._describe(stopped))
+
+    def _describe(self, stopped: str | None) -> dict[str, Any]:
+        summary = self._summarise(stopped)
+        write_model_card(self.run_dir / "final", self.config, summary)
+        write_report(self.run_dir)
         return summary
 
     def _has_last_evaluation(self) -> bool:
@@ -333,11 +352,17 @@ class Trainer:
             write_rows_atomic(folder / "after.jsonl", read_rows(on_the_way))
         return True
 
+    def _reached(self) -> dict[str, int]:
+        return {"steps": self.step, "trained_groups": self.state["trained_groups"]}
+
     def _summarise(self, stopped: str | None) -> dict[str, Any]:
-        summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}
+        summary: dict[str, Any] = {"run_dir": str(self.run_dir)} | self._reached()
         if self.eval_prompts:
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
-            summary |= paired_summary(before, after)
+            try:
+                summary |= paired_summary(before, after)
+            except ValueError as error:  # nothing scored in both: no result, but a run all the same
+                self.progress.note(f"no result: {error}")
             print_completions(before, after, file=sys.stderr)
         if stopped:
             summary["stopped"] = stopped
@@ -358,4 +383,5 @@ def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any) 
         print(f"\n{old['prompt'][-1]['content']}", file=file)
         for name, row in (("before", old), ("after", new)):
             response = row["responses"][0]
-            print(f"  {name:>6} [{response['reward_raw']:.2f}] {response['content']!r}", file=file)
+            reward = "none" if response["reward_raw"] is None else f"{response['reward_raw']:.2f}"
+            print(f"  {name:>6} [{reward}] {response['content']!r}", file=file)

@@ -75,7 +75,13 @@ def test_train_help_lists_every_field_without_torch():
     lines = imported_by("train", "--help")
     assert lines[-1] == "['pydantic']"
     text = "\n".join(lines)
-    for path, info in field_paths():
+    common = dict(field_paths())
+    listed = [*common, *(path for path, _ in field_paths(is_full=True) if path not in common)]
+    assert [line.split()[0] for line in lines if line.startswith("  --") and "." in line.split()[0]] == [
+        f"--{path}" for path in listed
+    ]
+    assert {"select.pareto", "model.lora.rank", "rollout.segment_tokens"} <= set(listed[len(common) :])
+    for path, info in field_paths(is_full=True):
         (line,) = [line for line in lines if line.startswith(f"  --{path} ")]
         assert (info.description or "") in line
     assert "[required] JSONL or Parquet file" in text

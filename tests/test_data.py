@@ -349,6 +349,17 @@ def test_broken_files_name_file_and_line(tmp_path, text, message):
         load_prompts(str(path))
 
 
+@pytest.mark.parametrize("row", [{"prompt": "a \ud83d b"}, {"prompt": "a", "responses": [{"content": "\udc00"}]}])
+def test_half_a_character_names_the_line(tmp_path, row):
+    whole = {"prompt": "\ud83d\ude00", "responses": [{"content": "\U0001f600", "reward": 1.0}]}
+    path = tmp_path / "half.jsonl"
+    path.write_text(json.dumps(whole) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"half\.jsonl:2: \\u(d83d|dc00) is half a character"):
+        load_prompts(str(path))
+    path.write_text(json.dumps(whole) + "\n")
+    assert load_prompts(str(path))[0].messages[0]["content"] == "\U0001f600"
+
+
 def test_text_that_is_not_utf8_names_the_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')

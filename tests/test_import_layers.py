@@ -21,7 +21,7 @@ LEVELS = [
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "active_pairs",
-     "http_client", "http_reward",
+     "http_client", "http_reward", "python_reward",
      "rollouts.decoding", "rollouts.engines", "rollouts.lookahead", "rollouts.main_engine", "rollouts.replay",
      "rollouts.rounds", "rollouts.segments",
      "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",

@@ -1,7 +1,6 @@
 """The exported model's README.md: valid front matter, true numbers, honest where nothing was measured."""
 
 import json
-import math
 
 import pytest
 
@@ -30,7 +29,7 @@ def make_config(tmp_path, model="package:smollm2-135m-instruct", **sections):
 
 
 def card_of(tmp_path, config, summary):
-    path = write_model_card(tmp_path, config, summary)
+    path = write_model_card(tmp_path, config, {"trained_groups": 7} | summary)
     assert path == tmp_path / "README.md"
     text = path.read_text()
     _, front, body = text.split("---\n", 2)
@@ -68,6 +67,7 @@ def test_the_card_tells_how_it_was_trained_and_what_came_out(tmp_path):
     _, body = card_of(tmp_path, make_config(tmp_path), {"steps": 24} | RESULT)
     for text in (
         "`HuggingFaceTB/SmolLM2-135M-Instruct` trained by Active Multi-Preference Optimization",
+        "7 of 96 groups in 24 steps",
         "`opt_select`: 1 positive, k = 3 negatives",
         "`AMPO` with beta = 5",
         "learning rate 5e-06, 4 prompts a step",
@@ -87,12 +87,19 @@ def test_the_card_tells_how_it_was_trained_and_what_came_out(tmp_path):
         assert text in body
 
 
-@pytest.mark.parametrize("summary", [{"steps": 3}, {"steps": 3} | RESULT | {"reward_se": math.nan}])
+@pytest.mark.parametrize("summary", [{"steps": 3}, {"steps": 3} | RESULT | {"reward_se": None}])
 def test_without_a_measured_result_the_card_says_so(tmp_path, summary):
     _, body = card_of(tmp_path, make_config(tmp_path), summary)
     assert "Nothing was measured on held-out prompts" in body
-    assert "nan" not in body
+    assert "None" not in body
     assert "win" not in body
+
+
+def test_a_run_that_trained_on_nothing_is_not_called_trained(tmp_path):
+    _, body = card_of(tmp_path, make_config(tmp_path), {"steps": 3, "trained_groups": 0})
+    assert "not trained: none of the 12 groups of 3 steps" in body
+    assert "| groups trained on | 0 of 12 |" in body
+    assert "trained by" not in body
 
 
 def test_offline_training_is_not_called_on_policy(tmp_path):

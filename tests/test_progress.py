@@ -68,14 +68,16 @@ def test_plain_output_is_one_line_per_step_without_control_characters(capsys):
     clock = Clock()
     with TrainingProgress(4, start_step=1, clock=clock) as progress:
         _step(progress, clock, generate=3.0, score=1.0)
-        progress.step_done(2, {"reward": 0.25, "loss": 0.5, "perf/tokens_per_second": 1234.4})
+        progress.step_done(
+            2, {"reward": 0.25, "loss": 0.5, "group/trained": 0, "group/count": 2, "perf/tokens_per_second": 1234.4}
+        )
         progress.note("saved checkpoint")
         _step(progress, clock, generate=2.0)
         progress.step_done(3, {"reward": 0.5})
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "step 2/4  reward 0.2500  loss 0.5000  1,234 tokens/s  4.0 s (generate 75%, score 25%)  eta 0:08",
+        "step 2/4  reward 0.2500  loss 0.5000  trained 0/2  1,234 tokens/s  4.0 s (generate 75%, score 25%)  eta 0:08",
         "saved checkpoint",
         "step 3/4  reward 0.5000  2.0 s (generate 100%)  eta 0:03",
     ]

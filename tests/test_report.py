@@ -179,6 +179,14 @@ def test_no_gain_and_a_loss_are_said_as_plainly_as_a_gain(run_dir):
     assert "The policy got worse" in text_of(report_of(run_dir))
 
 
+def test_one_held_out_prompt_has_no_standard_error(run_dir):
+    for name, reward in (("before", 0.2), ("after", 0.4)):
+        write_lines(run_dir / f"eval/{name}.jsonl", [make_row("p0", [reward, reward])])
+    text = text_of(report_of(run_dir))
+    assert "a change of +0.200 with a paired standard error of n/a" in text
+    assert "chance alone" not in text
+
+
 def test_every_section_is_there_and_holds_its_numbers(run_dir):
     page = report_of(run_dir)
     text = text_of(page)

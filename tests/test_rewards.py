@@ -117,16 +117,17 @@ def test_user_function_rewards_and_embeddings_meet_in_the_scored_group():
 
 @pytest.mark.parametrize(
     ("kind", "match"),
-    [("nonsense", "reward.kind"), ("no_such_module:f", "imported"), ("toy_rewards:nope", "imported")],
+    [("nonsense", "reward.kind"), ("no_such_module:f", "imported")],
 )
 def test_unknown_scorers_are_named(kind, match):
     with pytest.raises(ValueError, match=match):
         make_reward(config(reward={"kind": kind}))
 
 
-def test_a_scorer_that_returns_too_few_is_named():
-    with pytest.raises(ValueError, match="1 rewards for 2"):
-        make_reward(config(reward={"kind": "toy_rewards:too_few"}))([group(["a", "b"])])
+def test_a_scorer_of_held_out_answers_is_named_by_its_own_field():
+    for kind in ("nonsense", "toy_rewards:nope"):
+        with pytest.raises(ValueError, match=rf"^eval\.reward = '{kind}'"):
+            make_reward(config(), kind=kind)
 
 
 def given_group(*responses):

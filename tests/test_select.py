@@ -3,7 +3,7 @@ import math
 import pytest
 from builders import config, scored
 
-from ampo_fast.select import RewardTolerance, select_groups
+from ampo_fast.select import RewardTolerance, select_groups, why_untrained
 
 
 def test_one_positive_and_k_negatives_with_lower_rewards():
@@ -23,19 +23,31 @@ def test_cut_responses_are_never_the_positive_by_default():
 
 
 @pytest.mark.parametrize(
-    ("group", "reason"),
+    ("group", "reason", "field"),
     [
-        (scored((0.5, 0.5, 0.5)), "equal"),
-        (scored((0.5, 0.1, 0.2), valid=[True, False, False]), "fewer than two"),
-        (scored((0.5, 0.1), finish=["length", "length"]), "cut"),
-        (scored((0.5, 0.9), finish=["stop", "length"]), "no response has a lower reward"),
+        (scored((0.5, 0.5, 0.5)), "equal", "reward.kind"),
+        (scored((0.5, 0.1, 0.2), valid=[True, False, False]), "fewer than two", "rollout.temperature"),
+        (scored((0.5, 0.1), finish=["length", "length"]), "cut", "rollout.max_new_tokens"),
+        (scored((0.5, 0.9), finish=["stop", "length"]), "no response has a lower reward", "rollout.truncated"),
+        (
+            scored((0.5, 0.9), finish=["stop", "length"], by_scorer=((0.5, 0.9), (0.5, 0.9))),
+            "better than another",
+            "rollout.truncated",
+        ),
     ],
 )
-def test_degenerate_groups_are_left_out_with_the_reason(group, reason):
+def test_degenerate_groups_are_left_out_with_the_reason_and_the_fields_that_decide_it(group, reason, field):
     chosen = select_groups([group, scored((0.1, 0.9))], config(), 1e-6)
     assert reason in chosen[0].skip_reason
     assert not chosen[0].is_trained
     assert chosen[1].is_trained
+    assert why_untrained(chosen[:1]).startswith(f"{chosen[0].skip_reason} (1 of 1); see ")
+    assert field in why_untrained(chosen[:1]).partition("; see ")[2]
+
+
+def test_the_commonest_reason_is_the_one_that_is_said():
+    groups = [scored((0.5, 0.5)), scored((0.5, 0.1), 1, finish=["length"] * 2), scored((0.5, 0.5), 2)]
+    assert "equal within the tolerance (2 of 3)" in why_untrained(select_groups(groups, config(), 1e-6))
 
 
 def test_invalid_candidates_are_never_selected():

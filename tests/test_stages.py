@@ -252,6 +252,41 @@ def test_a_data_file_is_scored_embedded_selected_and_drawn_without_a_model(tmp_p
         write_stage_page(tmp_path / "s.jsonl.config.json")
 
 
+@pytest.mark.parametrize(
+    ("row", "texts", "rewards"),
+    [
+        ({"prompt": "Why?", "responses": [{"content": "a", "reward": 0.5}, {"content": "b", "reward": 2.0}]}, "ab", [0.5, 2.0]),
+        ({"prompt": "Why?", "chosen": "a", "rejected": "b"}, "ab", [1.0, 0.0]),
+        (
+            {"instruction": "Why?", "completions": [
+                {"response": text, "annotations": {"help": {"Rating": help}, "truth": {"Rating": "1"}}}
+                for text, help in (("a", "5"), ("b", "2"))
+            ]},
+            "ab",
+            [3.0, 1.5],
+        ),
+    ],
+    ids=["text prompt", "TRL pair", "UltraFeedback"],
+)  # fmt: skip
+def test_scoring_begins_at_a_data_file_of_any_format(tmp_path, row, texts, rewards):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    config = make_config(rollout={"engine": "data"}, reward={"kind": "data"})
+    assert stages.score(config, data, tmp_path / "s.jsonl") == 2
+    first, second = read_rows(tmp_path / "s.jsonl")
+    assert (first["id"], second["id"]) == ("1", "2")
+    assert first["prompt"] == [{"role": "user", "content": "Why?"}]
+    assert [r["content"] for r in first["responses"]] == list(texts)
+    assert [r["reward_raw"] for r in first["responses"]] == rewards
+    if "completions" in row:
+        one_score = make_config(rollout={"engine": "data"}, reward={"kind": "data:help"})
+        stages.score(one_score, data, tmp_path / "h.jsonl")
+        assert [r["reward_raw"] for r in read_rows(tmp_path / "h.jsonl")[0]["responses"]] == [5.0, 2.0]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: no responses"):
+        stages.score(config, tmp_path / "prompts.jsonl", tmp_path / "p.jsonl")
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 

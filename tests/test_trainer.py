@@ -49,7 +49,7 @@ def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
     summary = json.loads(done.stdout.splitlines()[-1])
     wanted = {"run_dir", "steps", "reward_before", "reward_after", "reward_se", "win_rate", "wall_s", "peak_rss_mib"}
     assert wanted <= summary.keys()
-    assert summary["steps"] == 6
+    assert (summary["steps"], summary["trained_groups"]) == (6, 12)
     for name in WHOLE:
         assert (run_dir / name).is_file(), name
     assert not list((run_dir / "rollouts").glob("*partial*"))
@@ -105,6 +105,17 @@ def test_kill_9_and_resume_give_the_same_metrics_bit_for_bit(finished, tiny_mode
     assert comparable(run_dir) == comparable(finished[1])
     for name in ("rollouts/step_000005.jsonl", "eval/after.jsonl"):
         assert (run_dir / name).read_bytes() == (finished[1] / name).read_bytes()
+
+
+def test_a_run_is_not_resumed_on_changed_data(tiny_model, tmp_path):
+    path = write_run(tmp_path, tiny_model, run={"steps": 2}, eval={"prompts": 0})
+    train(load_config(str(path)))
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text().replace("say sun", "say soon"))
+    before = (tmp_path / "runs/r/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"data\.train gives other prompts"):
+        train(load_config(str(path)), resume=True)
+    assert (tmp_path / "runs/r/metrics.jsonl").read_bytes() == before
 
 
 def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
@@ -169,13 +180,19 @@ def test_micro_batches_do_not_change_the_step(tiny_model, tmp_path):
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
 
 
-def test_degenerate_groups_are_skipped_and_counted(tiny_model, tmp_path):
+def test_degenerate_groups_are_skipped_and_counted(tiny_model, tmp_path, capsys):
     path = write_run(
         tmp_path, tiny_model, run={"steps": 2}, reward={"kind": "toy_rewards:constant"}, eval={"prompts": 0}
     )
-    train(load_config(str(path)))
+    summary = train(load_config(str(path)))
     rows = comparable(tmp_path / "runs" / "r")
     assert [row["group/trained"] for row in rows] == [0, 0]
+    assert summary["trained_groups"] == 0
+    shown = capsys.readouterr().err
+    assert shown.count("warning: step") == 1
+    assert "step 1 trains on no group: rewards equal within the tolerance (2 of 2); see reward.kind" in shown
+    assert "trained 0/2" in shown
+    assert "not trained: none of the 4 groups" in (tmp_path / "runs/r/final/README.md").read_text()
     assert [row["group/degenerate"] for row in rows] == [1.0, 1.0]
     assert all("loss" not in row for row in rows)
     from safetensors.torch import load_file
@@ -192,6 +209,25 @@ def test_missing_rewards_stop_the_run_and_keep_the_samples(tiny_model, tmp_path)
     with pytest.raises(ValueError, match="missing or not finite"):
         train(load_config(str(path)))
     assert (tmp_path / "runs/r/rollouts/step_000001.partial.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("kind", "num_prompts"), [("missing_tea", 3), ("broken", None)])
+def test_unscored_held_out_answers_do_not_end_a_trained_run(tiny_model, tmp_path, capsys, kind, num_prompts):
+    reward = {"kind": f"toy_rewards:{kind}", "max_missing_share": 1.0}
+    path = write_run(tmp_path, tiny_model, run={"steps": 1}, reward=reward, eval={"every": 0})
+    summary = train(load_config(str(path)))
+    assert summary.get("num_prompts") == num_prompts
+    assert "[none]" in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs/r/summary.json").read_text()) == summary
+    assert (tmp_path / "runs/r/final/README.md").is_file()
+
+
+def test_the_model_is_exported_before_anything_is_said_of_it(tiny_model, tmp_path, monkeypatch):
+    path = write_run(tmp_path, tiny_model, run={"steps": 1}, eval={"every": 0})
+    monkeypatch.setattr("ampo_fast.trainer.paired_summary", lambda before, after: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(load_config(str(path)))
+    assert (tmp_path / "runs/r/final/model.safetensors").is_file()
 
 
 def test_offline_training_from_multi_response_data(tiny_model, tmp_path):

@@ -18,6 +18,11 @@ def sometimes_missing(prompts, responses):
     return [float("nan") if i % 8 == 3 else len(r) for i, r in enumerate(responses)]
 
 
+def missing_tea(prompts, responses):
+    """Cannot judge what one of the held-out prompts asks."""
+    return [None if "tea" in str(p) else len(set(r)) for p, r in zip(prompts, responses, strict=True)]
+
+
 def too_few(prompts, responses):
     return [1.0]
 

@@ -14,7 +14,7 @@ from ampo_fast.config.sections import ADVANCED, Config, Section
 
 
 def field_paths(section: type[Section] = Config, prefix: str = "", is_full: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yields ("section.field", FieldInfo) for every visible field; a section within a section is one, like model.lora.
+    """Yields ("section.field", FieldInfo) for every common field; a section within a section is one, like model.lora.
 
     is_full: also the advanced ones and those of inner sections.
     """

@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 ADVANCED = {"advanced": True}
-"""Marks a field that help leaves out and everything else knows."""
+"""Marks a field that help lists last."""
 
 
 class Section(BaseModel):
@@ -155,7 +155,8 @@ class RewardConfig(Section):
     kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "relevance",
         description="relevance, data, data:SCORE, classifier:PATH, http(s)://URL, or MODULE:FUNCTION(prompts, responses) -> "
-        "floats; or a list of these: each is normalised, then they are averaged.",
+        "floats, one for each response, its prompt a list of {role, content}; or a list of these: each is normalised, then they "
+        "are averaged.",
     )
     normalize: Literal["auto", "none", "minmax", "zscore", "sigmoid", "win_rate"] = Field(
         "auto",

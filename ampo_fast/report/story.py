@@ -23,7 +23,7 @@ _NUM_SE = 2.0
 _SMALL_PHASE = 0.02
 
 
-def evaluation(run: RunData) -> dict[str, float] | None:
+def evaluation(run: RunData) -> dict[str, float | None] | None:
     """paired_summary of the run's evaluation files; None without both, or where they share no scored prompt."""
     if not (run.before and run.after):
         return None
@@ -106,7 +106,7 @@ def _outcome(run: RunData) -> list[str]:
         f"standard error of {number(se)}. The answers after training score higher on {result['win_rate']:.0%} of the "
         f"prompts (ties count half)."
     ]
-    if se > 0:
+    if se:
         size = f"{abs(change) / se:.1f} standard errors"
         if change > _NUM_SE * se:
             sentences.append(f"The gain is {size}: chance alone is an unlikely explanation.")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ampo_fast import attention
-from ampo_fast.assets import resolve_model
+from ampo_fast.assets import from_hub, resolve_model
 from ampo_fast.files import apply_umask
 from ampo_fast.model import attention_implementation
 from ampo_fast.packing import token_runs
@@ -95,7 +95,8 @@ class RewardModel(nn.Module):
                 source, config=settings, dtype=torch.float32, output_loading_info=True, **options
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{field} = {config.path!r} cannot be loaded as a classifier: {error}") from error
+            where = from_hub(source)
+            raise ValueError(f"{field} = {config.path!r}{where} cannot be loaded as a classifier: {error}") from error
         check_missing(model, settings, info, config.path, field, seed is not None)
         if config.pooling == "mean":
             append_mean_block(model, config.keep_blocks, field)

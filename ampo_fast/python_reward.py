@@ -1,0 +1,76 @@
+"""A reward that is a user's own function, MODULE:FUNCTION(prompts, responses): found, called, and its mistakes named."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ampo_fast.types import Prompt
+
+
+class Turns(list[dict[str, str]]):
+    """A prompt as the function gets it: chat turns like TRL's, p[-1]["content"] the question; p.id is the row's id."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__(map(dict, prompt.messages))
+        self.id = prompt.id
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return self
+
+
+class PythonScorer:
+    """Raises ValueError naming field and kind where the function cannot be had, fails, or does not give one number or None
+    for each response."""
+
+    def __init__(self, kind: str, field: str) -> None:
+        self.named = f"{field} = {kind!r}"
+        self.function = self._load(kind)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        try:
+            returned = self.function([Turns(prompt) for prompt in prompts], list(responses))
+            rewards = None if returned is None else list(returned)  # which runs a generator
+        except Exception as error:
+            raise ValueError(f"{self.named} failed: {_told(error, self.function)}") from error
+        if rewards is None or len(rewards) != len(responses):
+            count = "None" if rewards is None else f"{len(rewards)} rewards"
+            raise ValueError(
+                f"{self.named} returned {count} for {len(responses)} responses; it must return one number, or None, for each"
+            )
+        return [self._number(reward) for reward in rewards]
+
+    def _number(self, reward: Any) -> float | None:
+        try:
+            return None if reward is None else float(reward)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.named} returned {reward!r} for a response; it must be a number, or None") from None
+
+    def _load(self, kind: str) -> Callable[..., Any]:
+        module, _, name = kind.partition(":")
+        if (
+            os.getcwd() not in sys.path and "" not in sys.path
+        ):  # an installed command has its own directory there instead
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:  # whatever the module does as it is imported
+            raise ValueError(f"{self.named} cannot be imported: {_told(error)}") from error
+        if not callable(function):
+            raise ValueError(f"{self.named} is no function: it is {type(function).__name__}")
+        return function
+
+
+def _told(error: Exception, function: Any = None) -> str:
+    """Type, message, and where it happened: the deepest line that is not a library's, else where the function begins."""
+    libraries = (os.path.dirname(os.__file__), os.path.dirname(__file__), "<frozen")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
+    frames = [frame for frame in frames if "site-packages" not in frame.filename]
+    code = getattr(function, "__code__", None)
+    where = (frames[-1].filename, frames[-1].lineno) if frames else code and (code.co_filename, code.co_firstlineno)
+    return f"{type(error).__name__}: {error}" + (f" ({where[0]}:{where[1]})" if where else "")
