@@ -21,7 +21,7 @@ import torch
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import IncompleteBatch, Keep
+from ampo_fast.rollouts.protocol import IncompleteBatch, Keep
 from ampo_fast.stage_files import save_tensors
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
