@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses
-from ampo_fast.rollouts import DataEngine
+from ampo_fast.rollouts.given import DataEngine
 from ampo_fast.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.packing import group_length, pack_responses, token_runs
 from ampo_fast.rewards import RewardFn, score_groups
-from ampo_fast.rollouts import RolloutEngine, rank_batches, shared_answers
+from ampo_fast.rollouts.batches import rank_batches, shared_answers
+from ampo_fast.rollouts.protocol import RolloutEngine
 from ampo_fast.types import CandidateGroup, Prompt, Sampling, ScoredGroup
 
 

@@ -27,7 +27,7 @@ from ampo_fast.jsonl import read_jsonl
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
-from ampo_fast.rollouts import generation_batches
+from ampo_fast.rollouts.batches import generation_batches
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.sampler import admit_prompts
 from ampo_fast.select import RewardTolerance, select_groups

@@ -37,7 +37,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import RolloutEngine, TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
+from ampo_fast.rollouts.protocol import RolloutEngine
 
 
 def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:

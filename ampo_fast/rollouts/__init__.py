@@ -1,9 +1,13 @@
 """Rollouts: prompts in, groups of candidates out, each with its own log-probs and policy version. What is in here:
 
-    decoding     what an engine is, and those that need the policy alone
-    engines      which engine a config names
+    protocol     what an engine is, and what those share that need the policy alone
+    engines      which one a config names
+    given        the responses that came with the data
+    decoding     sampling in this process, with keys and values of its own
+    sampling     from logits to tokens
     main_engine  rank 0's engine, as every rank sees it
     segments     SAPO's pairs: a given answer, and the same with a segment written anew
+    batches      which prompts are answered together, and by which rank
     rounds       a round's groups: sampled, scored, selected, written down
     lookahead    the next round, made while this one is trained on
     replay       the buffer that a round's groups join and are drawn from
@@ -16,16 +20,16 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "RolloutEngine": "decoding",
-    "Keep": "decoding",
-    "IncompleteBatch": "decoding",
-    "LocalEngine": "decoding",
-    "DataEngine": "decoding",
+    "RolloutEngine": "protocol",
+    "Keep": "protocol",
+    "IncompleteBatch": "protocol",
+    "LocalEngine": "protocol",
+    "DataEngine": "given",
     "TransformersEngine": "decoding",
-    "generation_batches": "decoding",
-    "rank_batches": "decoding",
-    "shared_answers": "decoding",
-    "sample_tokens": "decoding",
+    "generation_batches": "batches",
+    "rank_batches": "batches",
+    "shared_answers": "batches",
+    "sample_tokens": "sampling",
 }
 
 __all__ = [*_HOME]

@@ -1,145 +1,21 @@
-"""Rollout engines: prompts in, groups of candidates out, each with its own log-probs and policy version.
+"""rollout.engine = "transformers": sampling in this process, with keys and values of its own.
 
 Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from ampo_fast import distributed
 from ampo_fast.model import Policy
-from ampo_fast.packing import balanced_shares
 from ampo_fast.random_streams import stream_seed
+from ampo_fast.rollouts.batches import generation_batches
+from ampo_fast.rollouts.protocol import LocalEngine
+from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
-
-Keep = Callable[[Sequence[CandidateGroup]], None]
-
-
-class RolloutEngine(Protocol):
-    version: int
-    answers_singly: bool
-    """Whether a prompt's answers do not depend on the batch it is in: then a broken batch is not repeated whole."""
-    answers_for_all: bool
-    """Whether rank 0's engine answers every rank's prompts, in one call; the other ranks' engines are asked for nothing."""
-    sync_metrics: Mapping[str, float]
-    """How the newest sync went, in nats a token (sync/*); empty where the engine shares the trainer's module."""
-
-    def start(self) -> None:
-        """Makes it ready to answer with the policy's weights as they are; where it is ready nothing happens. All ranks
-        call it together, as they do load_weights: what one meets all raise."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
-    ) -> list[CandidateGroup]:
-        """n candidates for each prompt, in the prompts' order: a pure function of weights, prompts, n and sampling.
-
-        keep is called on this thread with groups as soon as they are finished, with each group once: where generate
-        raises, keep has what was finished before. In-process engines finish all groups of a call together.
-        """
-        ...
-
-    def rest(self) -> None:
-        """Gives back what memory it can until it is asked or handed weights again."""
-        ...
-
-    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class IncompleteBatch(ConnectionError):
-    """Some prompts of a batch could not be answered; those that were have been kept."""
-
-
-def generation_batches(lengths: Sequence[int], n: int, batch_rows: int, num_ranks: int = 1) -> list[list[int]]:
-    """Indices of the prompts decoded together: neighbours in length, at most batch_rows candidates (one prompt at least).
-
-    A pure function of its arguments, so that a resumed run decodes the same batches. A batch is what is saved or
-    redone. num_ranks: at least so many batches, where there are so many prompts.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    size = max(1, min(batch_rows // n, -(-len(lengths) // num_ranks)))
-    return [order[at : at + size] for at in range(0, len(order), size)]
-
-
-def rank_batches(lengths: Sequence[int], n: int, batch_rows: int, max_new_tokens: int) -> list[list[list[int]]]:
-    """Each rank's generation batches: whole batches, dealt over the ranks by their tokens."""
-    batches = generation_batches(lengths, n, batch_rows, distributed.world_size())
-    weights = [sum(lengths[i] + n * max_new_tokens for i in batch) for batch in batches]
-    return [[batches[i] for i in share] for share in balanced_shares(weights, distributed.world_size())]
-
-
-def shared_answers(
-    answer: Callable[[], Sequence[CandidateGroup]], shares: Sequence[Sequence[Prompt]]
-) -> list[CandidateGroup]:
-    """Runs answer on rank 0 alone, for all prompts; each rank gets the groups of its share, or rank 0's exception."""
-
-    def deal() -> list[list[CandidateGroup]]:
-        by_id = {group.prompt.id: group for group in answer()}
-        return [[by_id[prompt.id] for prompt in share] for share in shares]
-
-    return distributed.dealt_by_main(deal)
-
-
-class LocalEngine:
-    """What the engines share that need the policy alone: ready as they are made, with nothing to give back."""
-
-    answers_singly = False
-    answers_for_all = False
-    sync_metrics: Mapping[str, float] = MappingProxyType({})
-    version = 0
-
-    def generate(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
-    ) -> list[CandidateGroup]:
-        groups = self._groups(prompts, n, sampling)
-        if keep is not None:
-            keep(groups)
-        return groups
-
-    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
-        raise NotImplementedError
-
-    def start(self) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
-
-    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.version = version
-
-    def close(self) -> None:
-        pass
-
-
-class DataEngine(LocalEngine):
-    """Offline: the candidates are the responses that came with the data, tokenised once."""
-
-    answers_singly = True
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def _groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[CandidateGroup]:
-        return [self._group(prompt, sampling.max_new_tokens) for prompt in prompts]
-
-    def _group(self, prompt: Prompt, max_new_tokens: int) -> CandidateGroup:
-        if not prompt.responses:
-            raise ValueError(f'prompt {prompt.id} has no responses: rollout.engine = "data" needs multi-response data')
-        candidates = []
-        for response in prompt.responses:
-            ids = self.policy.encode_response(response.content)
-            reason = "stop" if len(ids) <= max_new_tokens else "length"
-            candidates.append(Candidate(content=response.content, token_ids=ids[:max_new_tokens], finish_reason=reason))
-        prompt_ids = self.policy.encode_prompt(prompt.messages)
-        return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
 
 
 class TransformersEngine(LocalEngine):
@@ -225,47 +101,6 @@ def _uniforms(prompt_id: str, n: int, sampling: Sampling) -> Iterator[torch.Tens
     for i in range(n):
         generator = torch.Generator().manual_seed(stream_seed(sampling.seed, sampling.step, prompt_id, i))
         yield torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
-
-
-def sample_tokens(
-    logits_AV: torch.Tensor, uniform_A: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF sampling: token = first v with CDF(v) > u. Returns (token [A], its log-prob [A]), both after temperature,
-    top-k and top-p (what vLLM calls processed log-probs)."""
-    logp_AV = torch.log_softmax(_truncate(logits_AV.float() / sampling.temperature, sampling), dim=-1)
-    token_A1 = _inverse_cdf(logp_AV.exp(), uniform_A.to(logp_AV.device))[:, None]
-    return token_A1[:, 0], logp_AV.gather(1, token_A1)[:, 0]
-
-
-def _inverse_cdf(p_AV: torch.Tensor, uniform_A: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """First v with CDF(v) > u times the total mass; never a token of zero mass. p_AV [A, V] float32, uniform_A float64.
-
-    float64, because 50,000 float32 additions would misplace the far end of the CDF by more than many a token's mass;
-    in two levels, because a float64 cumsum over the whole vocabulary took an eighth of a decoding step on a CPU.
-    """
-    num_tokens = p_AV.shape[1]
-    p_AKB = torch.nn.functional.pad(p_AV, (0, -num_tokens % block)).unflatten(1, (-1, block))
-    ends_AK = p_AKB.sum(-1, dtype=torch.float64).cumsum(-1)
-    target_A1 = uniform_A[:, None] * ends_AK[:, -1:]
-    block_A1 = torch.searchsorted(ends_AK, target_A1, right=True).clamp_(max=ends_AK.shape[1] - 1)
-    start_A1 = torch.where(block_A1 > 0, ends_AK.gather(1, (block_A1 - 1).clamp(min=0)), 0.0)
-    inside_AB = p_AKB.gather(1, block_A1[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
-    # Rounding can put the target at or past the block's own end: then its last token of positive mass is the answer.
-    target_A1 = torch.minimum(target_A1 - start_A1, torch.nextafter(inside_AB[:, -1:], inside_AB.new_tensor(0.0)))
-    offset_A1 = torch.searchsorted(inside_AB, target_A1, right=True)
-    return (block_A1 * block + offset_A1)[:, 0]
-
-
-def _truncate(logits_AV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    if sampling.top_k:
-        kth_A1 = logits_AV.topk(min(sampling.top_k, logits_AV.shape[-1])).values[:, -1:]
-        logits_AV = logits_AV.masked_fill(logits_AV < kth_A1, -torch.inf)
-    if sampling.top_p < 1.0:
-        sorted_AV, order_AV = logits_AV.sort(descending=True)
-        before_AV = sorted_AV.softmax(-1).cumsum(-1) - sorted_AV.softmax(-1)
-        cut_AV = torch.zeros_like(logits_AV, dtype=torch.bool).scatter_(1, order_AV, before_AV >= sampling.top_p)
-        logits_AV = logits_AV.masked_fill(cut_AV, -torch.inf)
-    return logits_AV
 
 
 class _Decoding:

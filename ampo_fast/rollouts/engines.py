@@ -6,8 +6,10 @@ from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, RolloutEngine, TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
+from ampo_fast.rollouts.given import DataEngine
 from ampo_fast.rollouts.main_engine import MainEngine
+from ampo_fast.rollouts.protocol import RolloutEngine
 from ampo_fast.rollouts.segments import SegmentEngine
 from ampo_fast.vllm.engine import VllmEngine
 from ampo_fast.vllm.server import VllmServerEngine

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from ampo_fast import distributed
-from ampo_fast.rollouts import Keep, RolloutEngine
+from ampo_fast.rollouts.protocol import Keep, RolloutEngine
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
 
 

@@ -14,8 +14,9 @@ from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import RewardFn, score_group, score_groups
-from ampo_fast.rollouts import RolloutEngine, rank_batches, shared_answers
+from ampo_fast.rollouts.batches import rank_batches, shared_answers
 from ampo_fast.rollouts.lookahead import Lookahead
+from ampo_fast.rollouts.protocol import RolloutEngine
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.select import RewardTolerance, select_groups, without_unselected
 from ampo_fast.stage_files import (

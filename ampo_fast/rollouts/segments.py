@@ -11,7 +11,9 @@ from dataclasses import replace
 import torch
 
 from ampo_fast.random_streams import stream_seed
-from ampo_fast.rollouts import DataEngine, LocalEngine, TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
+from ampo_fast.rollouts.given import DataEngine
+from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 GIVEN, REWRITTEN = 1.0, 0.0

@@ -12,7 +12,7 @@ import torch
 from ampo_fast import distributed
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import Keep
+from ampo_fast.rollouts.protocol import Keep
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
 from ampo_fast.vllm.canary import Canary

@@ -22,7 +22,7 @@ import torch
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import IncompleteBatch, Keep
+from ampo_fast.rollouts.protocol import IncompleteBatch, Keep
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
 from ampo_fast.vllm.canary import Canary, SyncError
