@@ -275,6 +275,23 @@ def test_what_a_loss_is_called_on_is_checked(loss, change, match):
         loss(four_responses(**change))
 
 
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_log_probs_give_the_loss_of_their_values_in_float32(loss, dtype):
+    whole = four_responses()
+    half = {
+        name: getattr(whole, name).to(dtype) for name in ("logp_M", "ref_logp_M", "logp_R", "ref_logp_R", "reward_M")
+    }
+    exact = dataclasses.replace(whole, **{name: vector.double() for name, vector in half.items()})
+    half["logp_M"].requires_grad_()
+    out = loss(dataclasses.replace(whole, **half))
+    assert out.loss.dtype == out.per_group_B.dtype == torch.float32
+    torch.testing.assert_close(out.per_group_B.double(), loss(exact).per_group_B, rtol=1e-5, atol=1e-6)
+    if out.loss.requires_grad:  # BMC reads the rows
+        out.loss.backward()
+        assert half["logp_M"].grad.dtype == dtype
+
+
 def test_nan_passes_where_it_is_let_through():
     with nan_let_through():
         assert AMPO()(four_responses(logp_M=torch.full((4,), math.nan))).loss.isnan()

@@ -9,7 +9,7 @@ Shapes: M responses, B groups, G the largest group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -286,13 +286,11 @@ def group_contrastive_loss(
     stats = checked(
         ResponseStats(logp_M, length_M, reward_M, group_offsets, ref_logp_M, eos_logp_M, positive_M, baseline_B)
     )
-    work = torch.float64 if logp_M.dtype == torch.float64 else torch.float32
     loss_fn = GroupContrastive(
         beta=beta, alpha=alpha, gamma=gamma, score=score, weight=weight, alpha_place=alpha_place,
         weight_power=weight_power, split=split, eos_penalty=eos_penalty, eos_lambda=eos_lambda,
         eos_budget=eos_budget,
     )  # fmt: skip
-    stats = replace(stats, logp_M=logp_M.to(work), reward_M=reward_M.to(work))
     per_group_B = loss_fn.per_group(stats, impl)
     if reduction == "none":
         return per_group_B

@@ -51,7 +51,10 @@ class CheckedStats(ResponseStats):
 
 
 def checked(stats: ResponseStats) -> CheckedStats:
-    """The stats with their offsets on the CPU. Raises ValueError for what does not fit and, on a CPU, for NaN and infinity."""
+    """The stats with their offsets on the CPU and half-precision values in float32, in which losses are computed.
+
+    Raises ValueError for what does not fit and, on a CPU, for NaN and infinity.
+    """
     if isinstance(stats, CheckedStats):
         return stats
     logp_M = stats.logp_M
@@ -71,7 +74,11 @@ def checked(stats: ResponseStats) -> CheckedStats:
             )
     stats = replace(stats, group_offsets=groups, response_offsets=responses)
     check_side_inputs(stats, num_responses, None if rows is None else len(rows), device)
-    return CheckedStats(**{field.name: getattr(stats, field.name) for field in fields(stats)})
+    return CheckedStats(**{field.name: _at_least_float32(getattr(stats, field.name)) for field in fields(stats)})
+
+
+def _at_least_float32(value: torch.Tensor | None) -> torch.Tensor | None:
+    return value.float() if value is not None and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def check_side_inputs(stats: ResponseStats, num_responses: int, num_rows: int | None, device: torch.device) -> None:
