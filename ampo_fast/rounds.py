@@ -233,7 +233,7 @@ class RoundMaker:
                 advance(len(batch) - len(asked))
                 if asked:
                     groups = self._answers(asked, sampling, writer, advance)
-                    done |= {group.prompt.id: group for group in groups}
+                    done |= {group.prompt.id: group for group in groups if group.prompt.id not in done}
         return [done[prompt.id] for prompt in mine]
 
     def _answers(
