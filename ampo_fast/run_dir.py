@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from ampo_fast.files import write_json
 from ampo_fast.reward_model.config import RewardTrainingConfig
 from ampo_fast.types import Prompt
 
-# Fields that may differ on --resume: they change who watches and how long, not what is computed.
+log = logging.getLogger(__name__)
+
+# Fields that may differ on --resume; the name of a table stands for all that is in it. These say who watches, how long it
+# goes on, where it is kept and what is too much to bear, not what is computed.
 _FREE = (
-    "run.trackers",
-    "run.dir",
-    "run.timeout_s",
-    "checkpoint.every",
-    "checkpoint.asynchronous",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
-)
+    "run.name", "run.dir", "run.trackers", "run.timeout_s", "data.max_overlong_share", "data.max_missing_share",
+    "reward.max_missing_share", "reward.options", "eval.every", "eval.max_kl", "eval.patience", "checkpoint",
+)  # fmt: skip
+# The same numbers in another order or by another kernel: what a run that does not fit, or is too slow, may need.
+_ROUNDING = (
+    "model.attention", "model.compile", "model.liger", "model.cache_mib", "rollout.options", "rollout.batch_rows",
+    "embed.batch_rows", "optim.micro_batch_tokens", "optim.activation_checkpointing",
+)  # fmt: skip
 
 
 def open_run_dir(
@@ -38,13 +42,7 @@ def open_run_dir(
     if saved.exists():
         if not resume:
             raise ValueError(f"{path} already holds a run; add --resume auto, or choose another --run.name")
-        differing = [
-            f"{key}: {old!r} -> {new!r}"
-            for key, old, new in _differences(json.loads(saved.read_text()), resolved)
-            if key not in _FREE
-        ]
-        if differing:
-            raise ValueError(f"{path} was started with other settings ({'; '.join(differing)}); use another --run.name")
+        _check_same(path, json.loads(saved.read_text()), resolved)
         return path
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
@@ -81,6 +79,22 @@ def _hash(prompts: Iterable[Prompt]) -> str:
         given = [[r.content, r.reward, r.is_chosen, dict(r.scores)] for r in prompt.responses]
         digest.update(json.dumps([prompt.id, prompt.messages, given], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _check_same(path: Path, saved: Any, resolved: Any) -> None:
+    differing = {key: f"{key}: {old!r} -> {new!r}" for key, old, new in _differences(saved, resolved)}
+    refused = [text for key, text in differing.items() if not _is_of(key, _FREE + _ROUNDING)]
+    if refused:
+        raise ValueError(f"{path} was started with other settings ({'; '.join(refused)}); use another --run.name")
+    rounded = [text for key, text in differing.items() if _is_of(key, _ROUNDING)]
+    if rounded:
+        log.warning(
+            "%s goes on with %s: what follows is equal within rounding, not bit for bit", path, "; ".join(rounded)
+        )
+
+
+def _is_of(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

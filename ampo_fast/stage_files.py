@@ -268,6 +268,7 @@ class RowWriter:
         self.path = Path(path)
         self.rows = self._recover()
         """What the file held when it was opened."""
+        self._ids = {row["id"] for row in self.rows}
         self._file = self.path.open("a", encoding="utf-8")
 
     def _recover(self) -> list[Row]:
@@ -290,7 +291,8 @@ class RowWriter:
         }
 
     def write(self, groups: Sequence[CandidateGroup]) -> None:
-        self.write_rows([row_from_group(group) for group in groups])
+        """Leaves out what the file held when it was opened: a batch of which a part was written may be made again whole."""
+        self.write_rows([row_from_group(group) for group in groups if group.prompt.id not in self._ids])
 
     def write_rows(self, rows: Sequence[Row]) -> None:
         self._file.write("".join(map(dump_line, rows)))

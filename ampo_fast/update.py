@@ -210,7 +210,7 @@ class Updater:
                 torch.cuda.memory._dump_snapshot(str(snapshot))
             raise MemoryError(
                 f"out of memory on rank {rank} in a micro-batch of {batch.token_T.numel()} tokens; lower "
-                "optim.micro_batch_tokens, set optim.activation_checkpointing = true, or lower rollout.max_new_tokens; more "
-                f"ranks share the parameters ({str(error).splitlines()[0]}). What was held: {snapshot}, for "
-                "https://pytorch.org/memory_viz"
+                "optim.micro_batch_tokens or set optim.activation_checkpointing = true (--resume auto takes both), or lower "
+                f"rollout.max_new_tokens; more ranks share the parameters ({str(error).splitlines()[0]}). What was held: "
+                f"{snapshot}, for https://pytorch.org/memory_viz"
             ) from error

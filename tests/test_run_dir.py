@@ -1,11 +1,13 @@
-"""A run directory goes on with the data that it began with."""
+"""The run directory: whose it is, which settings and data may change, and what a start that was killed leaves."""
 
 from dataclasses import replace
 
 import pytest
-from builders import prompt
+from builders import config, prompt
 
-from ampo_fast.run_dir import keep_data
+from ampo_fast.config import Config, field_paths
+from ampo_fast.reward_model.config import RewardTrainingConfig
+from ampo_fast.run_dir import _FREE, _ROUNDING, keep_data, open_run_dir
 from ampo_fast.types import GivenResponse
 
 GIVEN = (GivenResponse(content="yes", reward=1.0, scores={"help": 4.0}), GivenResponse(content="no", reward=0.0))
@@ -43,3 +45,43 @@ def test_how_many_prompts_there_were_is_said(tmp_path):
     prompts = begun(tmp_path)
     with pytest.raises(ValueError, match=r"\(3 prompts then, 2 now\)"):
         keep_data(tmp_path, {"data.train": prompts[:2], "data.eval": prompts[:1]})
+
+
+def settings(tmp_path, **sections):
+    return config(run={"dir": str(tmp_path), "name": "r"}, **sections)
+
+
+def test_the_fields_that_may_change_are_fields():
+    schemas = (Config, RewardTrainingConfig)
+    names = {name for schema in schemas for name, _ in field_paths(schema, is_full=True)} | set(Config.model_fields)
+    assert set(_FREE) | set(_ROUNDING) <= names
+    assert not set(_FREE) & set(_ROUNDING)
+
+
+def test_what_changes_rounding_at_most_may_change_on_resume_and_is_said(tmp_path, caplog):
+    open_run_dir(settings(tmp_path), resume=False)
+    other = settings(
+        tmp_path,
+        optim={"micro_batch_tokens": 512, "activation_checkpointing": True},
+        rollout={"options": {"replicas": 2}, "batch_rows": 8},
+    )
+    assert open_run_dir(other, resume=True) == tmp_path / "r"
+    (record,) = caplog.records
+    for said in ("micro_batch_tokens: 4096 -> 512", "rollout.options.replicas: None -> 2", "within rounding"):
+        assert said in record.getMessage()
+
+
+def test_who_watches_and_how_long_changes_without_a_word(tmp_path, caplog):
+    open_run_dir(settings(tmp_path), resume=False)
+    open_run_dir(settings(tmp_path, checkpoint={"keep_last": 5}, eval={"patience": 3, "every": 5}), resume=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("field", ["optim.lr", "rollout.n", "eval.prompts", "model.dtype", "loss.name"])
+def test_what_is_computed_may_not_change(tmp_path, field):
+    open_run_dir(settings(tmp_path), resume=False)
+    section, name = field.split(".")
+    value = {"optim.lr": 0.5, "rollout.n": 16, "model.dtype": "bfloat16", "loss.name": "DPO"}.get(field, 3)
+    changed = settings(tmp_path, **{section: {name: value}}, checkpoint={"every": 7})
+    with pytest.raises(ValueError, match=rf"{field}: .*another --run.name"):
+        open_run_dir(changed, resume=True)

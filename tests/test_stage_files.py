@@ -236,6 +236,14 @@ def test_torn_last_line_is_dropped(tmp_path, num_bytes_lost):
     assert [row["id"] for row in read_rows(path)] == ["a", "b"]
 
 
+def test_a_batch_that_is_made_again_adds_only_what_its_file_lacks(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for ids in ("a", "ab"):
+        with RowWriter(path) as writer:
+            writer.write([make_group(each) for each in ids])
+    assert [row["id"] for row in read_rows(path)] == ["a", "b"]
+
+
 def test_file_torn_within_its_first_line_starts_anew(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"id": "a", "pro')
