@@ -38,6 +38,7 @@ def group_contrastive_loss(
     group_offsets: torch.Tensor,
     *,
     positive_M: torch.Tensor | None = None,
+    baseline_B: torch.Tensor | None = None,
     beta: float,
     alpha: float = 0.0,
     gamma: float = 1.0,
@@ -47,16 +48,16 @@ def group_contrastive_loss(
 ) -> torch.Tensor:
     """[B] -log( sum_{+} e^s / (sum_{+} e^s + gamma sum_{-} e^s) ), group by group; 0 where a side is empty."""
     losses = []
-    for begin, end in itertools.pairwise(group_offsets.tolist()):
+    for group, (begin, end) in enumerate(itertools.pairwise(group_offsets.tolist())):
         x_G, reward_G = logp_M[begin:end], reward_M[begin:end]
         if end == begin:
             losses.append(logp_M.new_zeros(()))
             continue
         score_G = beta * (x_G / length_M[begin:end] if score == "avg" else x_G)
-        deviation_G = reward_G - reward_G.mean()
+        deviation_G = reward_G - (reward_G.mean() if baseline_B is None else baseline_B[group])
         if weight != "none":
             score_G = score_G + alpha * (deviation_G.abs() if weight == "abs" else deviation_G)
-        positive_G = _side(reward_G, split) if positive_M is None else positive_M[begin:end].bool()
+        positive_G = _side(reward_G, deviation_G, split) if positive_M is None else positive_M[begin:end].bool()
         if positive_G.all() or not positive_G.any():
             losses.append(0.0 * x_G.sum())
             continue
@@ -67,7 +68,7 @@ def group_contrastive_loss(
     return torch.stack(losses) if losses else logp_M.new_zeros(0)
 
 
-def _side(reward_G: torch.Tensor, split: str) -> torch.Tensor:
+def _side(reward_G: torch.Tensor, deviation_G: torch.Tensor, split: str) -> torch.Tensor:
     if split == "mean":
-        return reward_G > reward_G.mean()
+        return deviation_G > 0
     return torch.arange(reward_G.numel(), device=reward_G.device) == int(reward_G.argmax())

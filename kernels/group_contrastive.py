@@ -34,11 +34,10 @@ def group_kernel(
         slope = beta / tl.load(length_M + at, mask=is_in, other=1.0)
     score = slope * x
     reward = tl.load(reward_M + at, mask=is_in, other=0.0)
-    mean = tl.sum(reward, 0) / tl.maximum(size, 1).to(tl.float32)
+    base = tl.sum(reward, 0) / tl.maximum(size, 1).to(tl.float32)
+    if HAS_BASELINE:
+        base = tl.load(baseline_B + group)
     if WEIGHT > 0:
-        base = mean
-        if HAS_BASELINE:
-            base = tl.load(baseline_B + group)
         weight = reward - base
         if IS_SQUARED:
             weight = weight * weight
@@ -48,7 +47,7 @@ def group_kernel(
     if HAS_POSITIVE:
         is_plus = is_in & (tl.load(positive_M + at, mask=is_in, other=0) != 0)
     elif SPLIT_MEAN:
-        is_plus = is_in & (reward > mean)
+        is_plus = is_in & (reward > base)
     else:
         known = tl.where(is_in, reward, float("-inf"))
         is_top = is_in & (known == tl.max(known, 0))

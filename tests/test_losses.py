@@ -77,6 +77,14 @@ def test_mean_split_and_given_positives():
     assert REFA1vsK(beta=4.0, gamma=4.0)(given_sides).loss.item() == pytest.approx(expected, abs=1e-13)
 
 
+def test_the_mean_split_is_at_the_baseline_where_one_is_given():
+    # The mean of the three is 0.6; that of all candidates, of which 0.8 and 0.9 were selected, may be higher.
+    data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], baseline_B=[0.85])
+    sided = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], positive_M=[True, False, False])
+    assert REFADynamic(beta=4.0)(data).loss.item() == REFADynamic(beta=4.0)(sided).loss.item()
+    assert REFADynamic(beta=4.0)(dataclasses.replace(data, baseline_B=torch.tensor([1.0]))).loss.item() == 0.0
+
+
 def test_equal_rewards_make_the_first_one_the_positive():
     data = stats([-2.0, -3.0], [2, 2], [0.5, 0.5], [0, 2])
     sided = stats([-2.0, -3.0], [2, 2], [0.5, 0.5], [0, 2], positive_M=[True, False])
@@ -168,13 +176,15 @@ def test_budgeted_eos_penalty_by_hand():
 @pytest.mark.parametrize(
     ("score", "weight", "split"), list(itertools.product(["avg", "sum"], ["signed", "abs"], ["best", "mean"]))
 )
-def test_it_is_the_reference_group_by_group(score, weight, split):
+@pytest.mark.parametrize("has_baseline", [False, True])
+def test_it_is_the_reference_group_by_group(score, weight, split, has_baseline):
     generator = torch.Generator().manual_seed(5)
     logp = (-30 * torch.rand(40, generator=generator, dtype=F64)).requires_grad_()
     length = torch.randint(1, 20, (40,), generator=generator)
     reward = torch.rand(40, generator=generator, dtype=F64)
     offsets = torch.tensor([0, 8, 9, 9, 11, 40])
     options = {"beta": 2.0, "alpha": 0.4, "gamma": 3.0, "score": score, "weight": weight, "split": split}
+    options["baseline_B"] = torch.rand(5, generator=generator, dtype=F64) if has_baseline else None
     ours = group_contrastive_loss(logp, length, reward, offsets, reduction="none", **options)
     want = reference.group_contrastive_loss(logp, length, reward, offsets, **options)
     torch.testing.assert_close(ours, want, atol=1e-12, rtol=0)

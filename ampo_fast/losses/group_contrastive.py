@@ -103,8 +103,7 @@ class GroupContrastive(Loss):
         if self.weight == "none" or self.alpha == 0.0:
             return score_M
         reward_BG = groups.pad(stats.reward_M.to(score_M.dtype), 0.0)
-        baseline_B1 = groups.mean(reward_BG) if stats.baseline_B is None else stats.baseline_B.to(reward_BG)[:, None]
-        weight_M = groups.unpad((reward_BG - baseline_B1) ** self.weight_power)
+        weight_M = groups.unpad((reward_BG - _baseline(stats, groups, reward_BG)) ** self.weight_power)
         if self.weight == "abs":
             weight_M = weight_M.abs()
         return score_M + self.alpha * (self.beta if self.alpha_place == "inside" else 1.0) * weight_M
@@ -115,7 +114,7 @@ class GroupContrastive(Loss):
         work = torch.promote_types(stats.reward_M.dtype, torch.float32)
         reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
         if self.split == "mean":
-            return (reward_BG > groups.mean(reward_BG)) & groups.mask_BG
+            return (reward_BG > _baseline(stats, groups, reward_BG)) & groups.mask_BG
         return groups.first_best(reward_BG)
 
     def _eos_term(self, stats: ResponseStats) -> torch.Tensor:
@@ -150,6 +149,11 @@ class GroupContrastive(Loss):
         over_R = 1.0 / (length_M - budget).clamp(min=1).repeat_interleave(length_M)
         factor_R = torch.where(place_R < budget, 1.0 / budget, 0.0) - torch.where(place_R > budget, over_R, 0.0)
         return segment_sum(factor_R.to(stats.eos_logp_R) * stats.eos_logp_R.exp(), offsets)
+
+
+def _baseline(stats: CheckedStats, groups: Groups, reward_BG: torch.Tensor) -> torch.Tensor:
+    """[B, 1] rbar of weights and mean split: the given one, else the mean over the responses passed."""
+    return groups.mean(reward_BG) if stats.baseline_B is None else stats.baseline_B.to(reward_BG)[:, None]
 
 
 class _TritonContrast(torch.autograd.Function):
@@ -235,7 +239,7 @@ class REFA1vsK(GroupContrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class REFADynamic(GroupContrastive):
-    """REFA-Dynamic (arXiv 2412.16378v4, eq. 6): positives above the group's mean reward."""
+    """REFA-Dynamic (arXiv 2412.16378v4, eq. 6): positives above the group's mean reward (or baseline_B)."""
 
     beta: float = 10.0
     gamma: float = 4.0
@@ -270,9 +274,10 @@ def group_contrastive_loss(
     """Group-contrastive loss -log( sum_{+} e^s / (sum_{+} e^s + gamma sum_{-} e^s) ) from summed log-probs.
 
     s = beta x / length ("avg") or beta x ("sum"), x = logp minus ref_logp where given; plus alpha w with
-    w = (r - rbar)^weight_power, signed or in absolute value, times beta as well for alpha_place "inside". The positives
-    are positive_M where given, else the best response (ties: lowest index) or all above the mean. A group with an empty
-    side has loss 0 and gradient 0. Sources: AMPO arXiv 2502.18293; REFA arXiv 2412.16378v4; SWEPO arXiv 2412.04628.
+    w = (r - rbar)^weight_power, signed or in absolute value, times beta as well for alpha_place "inside". rbar is baseline_B
+    where given, else the mean over the responses passed. The positives are positive_M where given, else the best response
+    (ties: lowest index) or, with split "mean", all above rbar. A group with an empty side has loss 0 and gradient 0.
+    Sources: AMPO arXiv 2502.18293; REFA arXiv 2412.16378v4; SWEPO arXiv 2412.04628.
 
     Args:
         logp_M: float [M], nats, EOS included. length_M: [M] tokens. reward_M: [M]. group_offsets: int64 [B + 1].
