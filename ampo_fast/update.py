@@ -78,18 +78,26 @@ class Updater:
     def step(
         self, selected: Sequence[SelectedGroup], step: int, progress: TrainingProgress, is_comparable: bool
     ) -> dict[str, float]:
-        """Forward and backward over micro-batches, then one guarded optimizer step; returns its metrics.
+        """Forward and backward over micro-batches, one guarded optimizer step, then the reference's; returns its metrics.
 
         selected: the step's groups over all ranks, the same on each; each rank trains on its share. Every micro-batch's
         loss is divided by the global count of trained groups, so that any split over micro-batches and ranks gives the
         same step. is_comparable: whether the engine's log-probs are at the temperature that is trained. num_tokens
         counts this step's tokens over all ranks.
         """
-        config = self.config.optim
         trained = [group for group in selected if group.is_trained]
-        lr = learning_rate(step, self.config.run.steps, config)
-        if not trained:  # on every rank: all see the same groups
-            return {"learning_rate": lr, "num_tokens": 0}
+        lr = learning_rate(step, self.config.run.steps, self.config.optim)
+        metrics = {"learning_rate": lr, "num_tokens": 0}
+        if trained:  # or not on any rank: all see the same groups
+            metrics |= self._train(trained, step, lr, progress, is_comparable)
+        if self.reference is not None:
+            self.reference.follow(self.policy, step + 1)
+        return metrics
+
+    def _train(
+        self, trained: Sequence[SelectedGroup], step: int, lr: float, progress: TrainingProgress, is_comparable: bool
+    ) -> dict[str, float]:
+        config = self.config.optim
         plans = rank_micro_batches(trained, config.micro_batch_tokens, distributed.world_size())
         if self.reference is not None:
             with progress.phase("reference"):
@@ -98,11 +106,8 @@ class Updater:
         with progress.phase("optimizer"):
             sums = distributed.total(torch.stack((loss, loss.new_tensor(num_tokens))))
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
-        if self.reference is not None:
-            self.reference.follow(self.policy, step + 1)
         self.guard.check(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress.note)
-        metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "learning_rate": lr}
-        metrics["num_tokens"] = int(sums[1].item())
+        metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "num_tokens": int(sums[1].item())}
         metrics |= sharing_metrics(plans)
         num_targets = sum(map(count_targets, trained))
         seconds = progress.phase_s["forward_backward"] + progress.phase_s["optimizer"]

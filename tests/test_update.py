@@ -1,12 +1,15 @@
 """The step over ranks and micro-batches, as far as one process can show it; test_distributed.py has the processes."""
 
 import copy
+import dataclasses
+import math
 import shutil
 
 import pytest
 import torch
 from builders import config, scored
 
+from ampo_fast import distributed
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
 from ampo_fast.packing import MicroBatch, balanced_shares, group_tokens, idle_batch, packed_length, rank_micro_batches
@@ -89,6 +92,48 @@ def test_a_response_over_the_budget_names_the_prompt_and_the_way_out():
         rank_micro_batches([selected(3, [3, 12])], 14, 1)
 
 
+def test_gradients_are_reduced_over_ranks_in_the_last_micro_batch_alone(tiny_model, monkeypatch):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    updater, wanted = Updater(config(), policy), []
+    monkeypatch.setattr(
+        distributed, "sync_gradients", lambda module, is_last: wanted.append((module is policy, is_last))
+    )
+    *_, plan = gradients(policy, updater, [selected(0, [3, 9, 12, 5]), selected(1, [2, 4]), selected(2, [3, 1])], 20)
+    assert len(plan) > 2
+    assert wanted == [(True, False)] * (len(plan) - 1) + [(True, True)]
+
+
+def test_three_steps_without_a_finite_gradient_in_a_row_end_the_run(tiny_model):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    updater, weight = Updater(config(), policy), policy.head.weight
+
+    def step(scale):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight[7, 3] = scale
+        updater.step([selected(0, [3, 9, 6])], 0, TrainingProgress(1), is_comparable=False)
+        assert torch.equal(weight[:7], before[:7]) == math.isnan(scale)
+
+    for scale in (math.nan, math.nan, 0.1, math.nan, math.nan):
+        step(scale)
+    with pytest.raises(ValueError, match=r"3 steps in a row.*optim\.lr"):
+        step(math.nan)
+
+
+def test_the_reference_moves_on_steps_without_a_trained_group(tiny_model):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    sections = {"model": {"path": str(tiny_model)}, "loss": {"name": "DPO"}, "reference": {"every": 2}}
+    updater = Updater(config(**sections), policy)
+    with torch.no_grad():
+        policy.head.weight.add_(0.1)
+    skipped = dataclasses.replace(selected(0, [3, 4]), skip_reason="none")
+    own, reference = policy.head.weight, updater.reference.model.head.weight
+    for step in (0, 1):
+        metrics = updater.step([skipped], step, TrainingProgress(1), is_comparable=False)
+        assert torch.equal(own, reference) == (step == 1)
+    assert metrics["num_tokens"] == 0
+
+
 def test_an_idle_rank_adds_exactly_nothing(tiny_policy, tiny_model):
     updater = Updater(config(model={"path": str(tiny_model)}), tiny_policy)
     batch = idle_batch()
@@ -124,6 +169,22 @@ def test_out_of_memory_says_what_to_change_and_keeps_a_snapshot(tiny_policy, tmp
     ):
         updater.preflight(7)
     assert written == [str(tmp_path / "runs/big.out_of_memory.rank0.pickle")]
+
+
+@pytest.mark.parametrize("budget", [1000, 14])
+def test_out_of_memory_inside_a_step_says_what_to_change(tiny_model, tmp_path, monkeypatch, budget):
+    """In the forward of whole groups, and in the first one of a group in parts."""
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: None)
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    sections = {"run": {"dir": str(tmp_path), "name": "big"}, "optim": {"micro_batch_tokens": budget}}
+    updater = Updater(config(**sections), policy)
+    monkeypatch.setattr(policy, "forward" if budget == 1000 else "token_logp", out_of_memory)
+    with pytest.raises(MemoryError, match=r"on rank 0 in a micro-batch of \d+ tokens.*micro_batch_tokens"):
+        updater.step([selected(0, [3, 9, 6])], 0, TrainingProgress(1), is_comparable=False)
 
 
 def test_a_snapshot_that_cannot_be_written_hides_nothing(tiny_policy, tmp_path, monkeypatch):
