@@ -127,6 +127,13 @@ def test_offline_needs_no_n_above_k():
         ("run", "steps", 0),
         ("run", "trackers", ["mlflow"]),
         ("eval", "samples", 1),
+        ("run", "name", ""),
+        ("run", "name", ".."),
+        ("run", "name", "../x"),
+        ("run", "name", "a/b"),
+        ("reference", "every", True),
+        ("rollout", "max_staleness", False),
+        ("optim", "lr", True),
     ],
 )
 def test_wrong_values_name_the_field_and_the_value(section, field, value):
@@ -135,6 +142,10 @@ def test_wrong_values_name_the_field_and_the_value(section, field, value):
         build_config(sections)
     shown = value[0] if isinstance(value, list) else value
     assert repr(shown) in str(caught.value)
+
+
+def test_switches_take_true_and_false():
+    assert build_config(MINIMAL | {"select": {"pareto": False}, "optim": {"activation_checkpointing": True}})
 
 
 def test_missing_required_fields_are_all_named():

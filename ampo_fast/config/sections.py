@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ampo_fast.types import Sampling
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _check_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("must be one name, without a slash: the run directory is run.dir/run.name")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_check_name)]
 
 
 ADVANCED = {"advanced": True}
@@ -21,11 +30,20 @@ ADVANCED = {"advanced": True}
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1 in a number's place."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("true and false are for switches, which this is not")
+        return value
+
 
 class RunConfig(Section):
     """Where the run lives, how long it is, and who watches it."""
 
-    name: str = Field("run", description="The run directory is DIR/NAME; an existing one is never overwritten.")
+    name: RunName = Field("run", description="The run directory is DIR/NAME; an existing one is never overwritten.")
     dir: Path = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds prompts, sampling and selection.")
     steps: Positive = Field(100, description="Optimizer steps in the whole run.")

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ampo_fast.config import BaseModelConfig, BaseOptimConfig, Count, Positive, Section, Share
+from ampo_fast.config import BaseModelConfig, BaseOptimConfig, Count, Positive, RunName, Section, Share
 
 
 class RewardRunConfig(Section):
     """Where the run lives, how long it is, and who watches it."""
 
-    name: str = Field("reward", description="The run directory is DIR/NAME; an existing one is never overwritten.")
+    name: RunName = Field("reward", description="The run directory is DIR/NAME; an existing one is never overwritten.")
     dir: Path = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds the held-out split, the order of the groups and a new head.")
     epochs: Positive = Field(3, description="Passes over the groups, unless stopped early.")
