@@ -105,7 +105,7 @@ def _mean_ms(row: Row) -> float:
 
 def head() -> list[Sequence[str]]:
     names = {
-        "ours_grouped": "ours, trained head (6RDV)", "ours_frozen": "ours, frozen head (4RDV)",
+        "ours_grouped": "ours, trained head (6 x rows x hidden x vocabulary FLOPs)", "ours_frozen": "ours, frozen head (4 x)",
         "bare_gemms": "the three matrix products alone", "naive": "whole logits and log_softmax",
         "torch_linear_cross_entropy": "torch `linear_cross_entropy`, chunked", "trl": "TRL 1.16's head, its own tiles",
     }  # fmt: skip
