@@ -331,7 +331,8 @@ class Trainer:
         if self.eval_prompts and not distributed.on_main(self._is_evaluated):
             self._evaluate("after")
         self.checkpoints.wait()
-        summary = distributed.on_main(lambda: self._summarise(stopped))
+        num_windowed = sum(distributed.all_gather(self.embedder.num_windowed))
+        summary = distributed.on_main(lambda: self._summarise(stopped, num_windowed))
         self._export("final", summary)
         distributed.on_main(lambda: write_report(self.run_dir) and None)
         return summary
@@ -339,7 +340,7 @@ class Trainer:
     def _is_evaluated(self) -> bool:
         return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
 
-    def _summarise(self, stopped: str | None) -> dict[str, Any]:
+    def _summarise(self, stopped: str | None, num_windowed: int) -> dict[str, Any]:
         summary: dict[str, Any] = {"run_dir": str(self.run_dir), "steps": self.step}
         if self.eval_prompts:
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
@@ -349,6 +350,8 @@ class Trainer:
             summary["stopped"] = stopped
         if self.updater.fitted_gamma is not None:
             summary["gamma"] = self.updater.fitted_gamma
+        if num_windowed:  # since the start or the resume
+            summary["num_windowed"] = num_windowed
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
