@@ -73,11 +73,19 @@ class SentenceEncoder:
             pieces = [tokens[at : at + self.window] for at in range(0, len(tokens), self.window)] or [[]]
             windows += pieces
             owner += [i] * len(pieces)
-            self.num_windowed += len(pieces) > 1
+        self._count_windowed(sum(len(tokens) > self.window for tokens in ids), len(texts))
         pooled_WE = self._pool_windows(windows)
         owner_W = torch.tensor(owner)
         sum_NE = torch.zeros(len(texts), pooled_WE.shape[1]).index_add_(0, owner_W, pooled_WE)
         return normalize(sum_NE, dim=1)
+
+    def _count_windowed(self, count: int, total: int) -> None:
+        if count and not self.num_windowed:  # once: the run's summary has the sum
+            log.warning(
+                "%d of %d texts are longer than the sentence encoder's window of %d tokens: averaged over windows",
+                count, total, self.window,
+            )  # fmt: skip
+        self.num_windowed += count
 
     def _pool_windows(self, windows: Sequence[list[int]]) -> torch.Tensor:
         order = sorted(range(len(windows)), key=lambda w: len(windows[w]))
@@ -114,10 +122,8 @@ class PolicyEmbedder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        return torch.stack([self._embed_one(text) for text in texts]).cpu()
-
-    def _embed_one(self, text: str) -> torch.Tensor:
-        ids = torch.tensor([self.policy.encode_response(text)], device=self.policy.device)
-        with self.policy.autocast():
-            hidden_LD = self.policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        return normalize(hidden_LD.float().mean(0), dim=0)
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        rows = [self.policy.encode_response(text) for text in place]
+        batches = [rows[at : at + self.batch_rows] for at in range(0, len(rows), self.batch_rows)]
+        pooled_nD = torch.stack([states_LD.float().mean(0) for b in batches for states_LD in self.policy.states(b)])
+        return normalize(pooled_nD, dim=1).cpu()[[place[text] for text in texts]]

@@ -187,6 +187,20 @@ class Policy(nn.Module):
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
             ).last_hidden_state[0]
 
+    def states(self, texts: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+        """Last hidden states of independent texts, given as token ids, [L, D] each: one forward where attention keeps apart
+        what is packed, else one each."""
+        with self.autocast():
+            if not self.is_shared:
+                ids = [torch.tensor([text], device=self.device) for text in texts]
+                return [self.model.base_model(input_ids=i, use_cache=False).last_hidden_state[0] for i in ids]
+            alone = [
+                CandidateGroup(prompt=Prompt(id="", messages=()), prompt_ids=tuple(text), candidates=())
+                for text in texts
+            ]
+            batch = pack_responses(alone, [()] * len(texts), self.device)
+            return self._shared_hidden(batch).split([len(text) for text in texts])
+
     def forward(
         self, batch: PackedBatch, loss_fn: Callable, normalizer: float, eos_id: int | None = None
     ) -> tuple[torch.Tensor, Any]:

@@ -333,11 +333,12 @@ class Trainer:
         if self.eval_prompts and not distributed.on_main(self._has_last_evaluation):
             self._evaluate("after")
         self.checkpoints.wait()
+        num_windowed = sum(distributed.all_gather(self.embedder.num_windowed))
         export(self.policy, self.run_dir / "final")
-        return distributed.on_main(lambda: self._describe(stopped))
+        return distributed.on_main(lambda: self._describe(stopped, num_windowed))
 
-    def _describe(self, stopped: str | None) -> dict[str, Any]:
-        summary = self._summarise(stopped)
+    def _describe(self, stopped: str | None, num_windowed: int) -> dict[str, Any]:
+        summary = self._summarise(stopped, num_windowed)
         write_model_card(self.run_dir / "final", self.config, summary)
         write_report(self.run_dir)
         return summary
@@ -355,7 +356,7 @@ class Trainer:
     def _reached(self) -> dict[str, int]:
         return {"steps": self.step, "trained_groups": self.state["trained_groups"]}
 
-    def _summarise(self, stopped: str | None) -> dict[str, Any]:
+    def _summarise(self, stopped: str | None, num_windowed: int) -> dict[str, Any]:
         summary: dict[str, Any] = {"run_dir": str(self.run_dir)} | self._reached()
         if self.eval_prompts:
             before, after = (read_rows(self.run_dir / "eval" / f"{name}.jsonl") for name in ("before", "after"))
@@ -368,6 +369,8 @@ class Trainer:
             summary["stopped"] = stopped
         if self.updater.fitted_gamma is not None:
             summary["gamma"] = self.updater.fitted_gamma
+        if num_windowed:  # since the start or the resume
+            summary["num_windowed"] = num_windowed
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         write_json(self.run_dir / "summary.json", summary)
         return summary

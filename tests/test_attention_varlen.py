@@ -14,8 +14,9 @@ SEGMENTS = [
     Segment(start=0, prompt_length=3, response_lengths=(2, 0, 4)),
     Segment(start=9, prompt_length=5, response_lengths=(0,)),
     Segment(start=14, prompt_length=1, response_lengths=(1, 1, 6, 2)),
+    Segment(start=25, prompt_length=3, response_lengths=()),  # a text alone
 ]
-TOKENS = 25
+TOKENS = 28
 
 
 def inputs(device="cpu", dtype=torch.float64, heads=(4, 2), size=8):

@@ -1,7 +1,11 @@
+import logging
+
 import pytest
 import torch
 
+from ampo_fast.config import ModelConfig
 from ampo_fast.embeddings import PolicyEmbedder, SentenceEncoder
+from ampo_fast.model import Policy
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +29,15 @@ def test_batching_and_repetition_change_nothing(encoder):
     torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=0)
 
 
-def test_long_texts_are_averaged_over_windows_and_counted(encoder):
-    before = encoder.num_windowed
+def test_long_texts_are_averaged_over_windows_counted_and_said_once(encoder, caplog):
     long = "the sea is wide and blue " * 300 + "a dog barks at night"
-    (vector,) = encoder.embed([long])
-    assert encoder.num_windowed == before + 1
+    with caplog.at_level(logging.WARNING):
+        (vector, _) = encoder.embed([long, "short"])
+        encoder.embed([long + "."])
+    assert encoder.num_windowed == 2
+    assert caplog.messages == [
+        "1 of 2 texts are longer than the sentence encoder's window of 510 tokens: averaged over windows"
+    ]
     (head,) = encoder.embed(["the sea is wide and blue " * 80])
     assert 0.3 < vector @ head < 0.999  # neither cut to the head nor unrelated to it
 
@@ -39,3 +47,18 @@ def test_policy_embeddings_are_of_the_response_alone(tiny_policy):
     assert torch.equal(e[0], e[2])
     assert not torch.equal(e[0], e[1])
     torch.testing.assert_close(e.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("attention", ["segments", "unshared"])
+def test_policy_embeddings_do_not_depend_on_the_company(tiny_model, attention):
+    policy = Policy.load(ModelConfig(path=str(tiny_model), attention=attention))
+    texts = ["one", "a longer text with several words", "", "one", *(f"text {i}" * (i + 1) for i in range(5))]
+    forwards = []
+    policy.model.base_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    together = PolicyEmbedder(policy, batch_rows=4).embed(texts)
+    assert len(forwards) == (2 if attention == "segments" else 8)  # eight different texts
+    alone = torch.cat([PolicyEmbedder(policy).embed([text]) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    ids = torch.tensor([policy.encode_response(texts[1])])
+    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(together[1], torch.nn.functional.normalize(hidden.mean(0), dim=0), atol=1e-6, rtol=0)

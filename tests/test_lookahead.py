@@ -1,5 +1,6 @@
 """Rounds sampled ahead of the training: on a thread, of one version, kept when something breaks."""
 
+import copy
 import itertools
 import sys
 import threading
@@ -34,7 +35,7 @@ class SlowEngine(TransformersEngine):
     answers_singly = answers_for_all = True
 
     def __init__(self, policy):
-        super().__init__(policy, 64)
+        super().__init__(copy.deepcopy(policy), 64)  # as a server's: the main thread runs the policy meanwhile
         self.gate, self.whole, self.asked = threading.Event(), None, []
         self.threads = set()
 

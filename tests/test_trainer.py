@@ -12,6 +12,7 @@ import torch
 from runs import command, comparable, of_other_modes, reached, write_run
 
 from ampo_fast.config import load_config
+from ampo_fast.embeddings import PolicyEmbedder
 from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.preview import dry_run
 from ampo_fast.trainer import Trainer, train
@@ -262,6 +263,18 @@ def test_a_resumed_run_goes_on_counting_steps_without_a_finite_loss(tiny_model, 
             train(load_config(str(path)), resume=resume)
     noted = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "update left out" in line]
     assert noted == ["step 1", "step 2", "step 3", "step 3"]  # saved at step 2, with two in a row
+
+
+def test_texts_beyond_the_embedders_window_are_counted_in_the_summary(tiny_model, tmp_path, monkeypatch):
+    embed = PolicyEmbedder.embed
+
+    def windowed(self, texts):
+        self.num_windowed += len(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(PolicyEmbedder, "embed", windowed)
+    path = write_run(tmp_path, tiny_model, run={"steps": 1}, eval={"prompts": 0})
+    assert train(load_config(str(path)))["num_windowed"] == 4 * 6
 
 
 def test_an_unknown_loss_and_a_wrong_field_are_named(tiny_model, tmp_path):
