@@ -43,9 +43,9 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
     return offsets
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} = {value!r}; use one of {', '.join(choices)}")
+        raise ValueError(f"{name} = {value!r}; use one of {', '.join(map(repr, choices))}")
 
 
 def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:

@@ -216,6 +216,8 @@ def test_function_equals_class_and_normalizer_divides():
     [
         ({"score": "mean"}, "score"),
         ({"split": "given"}, "positive_M"),
+        ({"weight_power": 3}, "weight_power = 3; use one of 1, 2"),
+        ({"eos_penalty": "foo"}, "eos_penalty = 'foo'; use one of None, 'target'"),
         ({"beta": 0.0}, "beta"),
         ({"group_offsets": torch.tensor([0, 3])}, "group_offsets"),
         ({"group_offsets": torch.tensor([0, 2, 1, 2])}, "group_offsets"),
