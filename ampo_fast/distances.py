@@ -11,7 +11,7 @@ import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.compiled import _C, as_numpy, resolve_impl, why_not_dtype
-from ampo_fast.validation import check_choice, check_finite, check_offsets
+from ampo_fast.validation import check_choice, check_finite, check_floats, check_offsets, check_tensor
 
 _METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -26,6 +26,7 @@ def pairwise_distances(
     unknown metric, more entries than memory holds.
     """
     check_choice("metric", metric, _METRICS)
+    check_floats("points", points)
     if points.ndim != 2:
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
@@ -66,6 +67,7 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     Without seeds it starts from point 0. Ties go to the lowest index. Streams over the points: no n x n matrix.
     Raises ValueError for k outside 1 .. n, seeds out of range, repeated or more than k, and NaN.
     """
+    check_floats("points", points)
     if points.ndim != 2 or not 1 <= k <= points.shape[0]:
         raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
     n = points.shape[0]
@@ -115,9 +117,11 @@ def k_medoids(
 ) -> tuple[torch.Tensor, float]:
     """Weighted k-medoids: k indices (the fixed ones included) with low sum_i w_i min_j d_ij -> (indices ascending, cost).
 
-    A greedy start, then single swaps to a local optimum (<= 5 x the optimum for a metric; Arya et al. 2004). Raises
+    distances[i, j] is what point i pays to be served by j: any dissimilarity >= 0, symmetric or not, zero on the diagonal or
+    not. A greedy start, then single swaps to a local optimum (<= 5 x the optimum for a metric; Arya et al. 2004). Raises
     ValueError for shapes that do not fit, k outside 1 .. n, fixed members out of range, negative entries or NaN.
     """
+    check_tensor("distances", distances)
     impl = resolve_impl(impl, distances, "k_medoids of one problem runs on the host")
     n = distances.shape[0] if distances.ndim else 0
     kept = [int(i) for i in fixed or ()]
@@ -126,6 +130,8 @@ def k_medoids(
     if len(set(kept)) != len(kept) or not all(0 <= i < n for i in kept) or len(kept) > k:
         raise ValueError(f"fixed = {kept} must be distinct indices below {n}, at most k = {k}")
     check_finite("distances", distances)
+    if weights is not None:
+        check_tensor("weights", weights)
     weight_N = torch.ones(n, dtype=torch.float64) if weights is None else weights.detach().cpu().double()
     if weight_N.shape != (n,) or not bool((weight_N >= 0).all()) or not bool(weight_N.isfinite().all()):
         raise ValueError(f"weights must be {n} finite numbers >= 0")

@@ -23,6 +23,7 @@ from ampo_fast.validation import (
     check_first_order,
     check_head,
     check_logprobs,
+    check_normalizer,
     check_offsets,
 )
 
@@ -86,8 +87,11 @@ def fused_linear_group_loss(
     impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows = {chunk_rows}; it must be at least 1, or None for the default")
-    if isinstance(normalizer, int | float) and not normalizer > 0:
-        raise ValueError(f"normalizer = {normalizer}; it divides the loss and must be positive")
+    check_normalizer(normalizer)
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn = {loss_fn!r}; it must be a loss such as ampo_fast.losses.AMPO(), or a function of its stats"
+        )
     num_groups = groups.numel() - 1
     norm = max(num_groups, 1) if normalizer is None else normalizer
     rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)

@@ -14,7 +14,7 @@ import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.compiled import _C, IMPLS, as_numpy, resolve_impl, why_not_dtype
-from ampo_fast.validation import check_choice, check_finite, check_offsets, checks_values
+from ampo_fast.validation import check_choice, check_finite, check_floats, check_offsets, check_tensor, checks_values
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
 _MAX_INDICES = 1 << 32
@@ -77,6 +77,8 @@ def select_responses(
         raise ValueError(f"k = {k} and positives = {positives}; both must be whole numbers of at least 1")
     if strategy == "best_worst" and k != 1:
         raise ValueError(f'strategy "best_worst" keeps one negative, k is {k}')
+    check_floats("embeddings", embeddings)
+    check_tensor("rewards", rewards)
     if embeddings.ndim != 2 or rewards.shape != embeddings.shape[:1]:
         raise ValueError(
             f"embeddings must be [n, E] and rewards [n], got {tuple(embeddings.shape)}, {tuple(rewards.shape)}"
@@ -86,8 +88,10 @@ def select_responses(
     num_groups = len(offsets) - 1
     if num_groups * max(k, positives) > _MAX_INDICES:
         raise ValueError(f"k = {k} and positives = {positives} ask for more than {_MAX_INDICES} indices; lower them")
-    if time_limit is not None and math.isnan(time_limit):
-        raise ValueError("time_limit is NaN; use seconds, or None for no limit")
+    if time_limit is not None and not time_limit >= 0:
+        raise ValueError(f"time_limit = {time_limit}; use seconds >= 0, or None for no limit")
+    if tie_tol is not None and not tie_tol >= 0:
+        raise ValueError(f"tie_tol = {tie_tol}; use a reward difference >= 0, or None for no such rule")
     problem = _Problem(
         points=embeddings.detach(),
         rewards=rewards.detach().cpu().double(),
@@ -271,6 +275,7 @@ def _sides(
 def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
     if keys is None:
         return torch.arange(num_groups)
+    check_tensor("keys", keys)
     if keys.shape != (num_groups,) or keys.dtype != torch.int64:
         raise ValueError(f"keys must be int64 [{num_groups}], got {keys.dtype} {tuple(keys.shape)}")
     return keys.detach().cpu()
@@ -279,9 +284,10 @@ def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
 def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
     if mask is None:
         return torch.ones(n, dtype=torch.bool)
-    if mask.shape != (n,):
-        raise ValueError(f"{name} must have shape [{n}], got {tuple(mask.shape)}")
-    return mask.detach().cpu().bool()
+    check_tensor(name, mask)
+    if mask.shape != (n,) or mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool [{n}], got {mask.dtype} {tuple(mask.shape)}")
+    return mask.detach().cpu()
 
 
 def _check_costs(chosen: Selection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 
 import torch
 
@@ -43,13 +44,41 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
     return offsets
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} = {value!r}; use one of {', '.join(choices)}")
+        raise ValueError(f"{name} = {value!r}; use one of {', '.join(map(repr, choices))}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        way_out = "; torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
+        raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}{way_out}")
+
+
+def check_floats(name: str, tensor: torch.Tensor) -> None:
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must hold floats, got {tensor.dtype}; {name}.float() converts them")
+
+
+def check_normalizer(normalizer: float | torch.Tensor | None) -> None:
+    """What a summed loss is divided by: a positive number, or a 0-d tensor (its value is looked at on a CPU), or None."""
+    if normalizer is None:
+        return
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.ndim:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got one of shape {tuple(normalizer.shape)}")
+        if not checks_values(normalizer):
+            return
+    elif not isinstance(normalizer, Real):
+        raise ValueError(f"normalizer = {normalizer!r}; it must be a number or a 0-d tensor")
+    if not bool(normalizer > 0):
+        raise ValueError(f"normalizer = {normalizer}; it divides the loss and must be positive")
 
 
 def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.device) -> None:
-    if not isinstance(vector, torch.Tensor) or vector.shape != (length,):
+    check_tensor(name, vector)
+    if vector.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}], got {describe(vector)}")
     if vector.device != device:
         raise ValueError(f"{name} is on {vector.device}, the other tensors on {device}")
@@ -104,6 +133,8 @@ def check_head(
     eos_id: int | None,
 ) -> None:
     """Raises ValueError naming the argument that does not fit hidden [R, D], weight [V, D], target [R], bias [V]."""
+    check_tensor("hidden_RD", hidden_RD)
+    check_tensor("weight_VD", weight_VD)
     if hidden_RD.ndim != 2 or weight_VD.ndim != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_RD and weight_VD must be [R, D] and [V, D], got {tuple(hidden_RD.shape)} and {tuple(weight_VD.shape)}"

@@ -216,6 +216,8 @@ def test_function_equals_class_and_normalizer_divides():
     [
         ({"score": "mean"}, "score"),
         ({"split": "given"}, "positive_M"),
+        ({"weight_power": 3}, "weight_power = 3; use one of 1, 2"),
+        ({"eos_penalty": "foo"}, "eos_penalty = 'foo'; use one of None, 'target'"),
         ({"beta": 0.0}, "beta"),
         ({"group_offsets": torch.tensor([0, 3])}, "group_offsets"),
         ({"group_offsets": torch.tensor([0, 2, 1, 2])}, "group_offsets"),
@@ -224,6 +226,9 @@ def test_function_equals_class_and_normalizer_divides():
         ({"eos_penalty": "simple"}, "eos_logp_M"),
         ({"length_M": torch.tensor([3, 0])}, r"length_M\[1\]"),
         ({"impl": "cuda"}, "impl"),
+        ({"normalizer": torch.ones(1)}, "0-d tensor"),
+        ({"normalizer": -1.0}, "normalizer = -1.0"),
+        ({"reward_M": torch.zeros(2).numpy()}, "reward_M must be a torch tensor, got ndarray; torch.from_numpy"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):

@@ -95,6 +95,21 @@ def test_bad_input_is_named(score, reward, offsets, word):
         call(BradleyTerry(), score, reward, offsets)
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"length_M": torch.tensor([3, 0])}, r"length_M\[1\] = 0"),
+        ({"length_M": torch.tensor([-1, 3])}, r"length_M\[0\] = -1"),
+        ({"similarity": torch.tensor([1.5])}, "similarity must be in"),
+        ({"similarity": torch.tensor([-0.5])}, "similarity must be in"),
+        ({"similarity": torch.tensor([math.nan])}, "similarity holds NaN"),
+    ],
+)
+def test_pcrm_refuses_what_is_no_length_and_no_similarity(more, word):
+    with pytest.raises(ValueError, match=word):
+        call(PCRM(), [1.0, 2.0], [1.0, 0.0], (0, 2), **more)
+
+
 def test_mean_human_ratings_with_ties_by_hand():
     # Means of three raters: of six pairs two are ties, each a target of 1/2, none dropped, whichever comes first.
     score, rating = [0.3, -0.2, 0.5, 1.1], [10 / 3, 10 / 3, 1.0, 1.0]

@@ -333,6 +333,14 @@ def test_k_medoids_by_hand_with_weights_and_fixed_members():
     assert indices.tolist() == [4]
 
 
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_k_medoids_of_a_one_way_dissimilarity_reads_it_from_point_to_medoid(impl):
+    pays = torch.tensor([[1.0, 9.0, 2.0], [9.0, 0.0, 3.0], [9.0, 9.0, 4.0]])
+    indices, cost = k_medoids(pays, 1, impl=impl)
+    assert indices.tolist() == [2]
+    assert cost == 9.0
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -346,6 +354,14 @@ def test_k_medoids_by_hand_with_weights_and_fixed_members():
         ({"valid": torch.ones(2, dtype=torch.bool)}, "valid"),
         ({"impl": "gpu"}, "impl"),
         ({"k": 1.5}, "k = 1.5"),
+        ({"embeddings": torch.ones(3, 2, dtype=torch.int64)}, "embeddings must hold floats, got torch.int64"),
+        ({"embeddings": torch.ones(3, 2).numpy()}, "embeddings must be a torch tensor, got ndarray; torch.from_numpy"),
+        ({"rewards": torch.ones(3).numpy()}, "rewards must be a torch tensor"),
+        ({"valid": torch.ones(3)}, r"valid must be bool \[3\], got torch.float32"),
+        ({"positive_ok": [True, True, False]}, "positive_ok must be a torch tensor, got list"),
+        ({"tie_tol": -0.5}, "tie_tol = -0.5"),
+        ({"tie_tol": math.nan}, "tie_tol = nan"),
+        ({"time_limit": -1.0}, "time_limit = -1.0"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):

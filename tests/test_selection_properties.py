@@ -261,6 +261,8 @@ HUGE = torch.zeros(1, 1).expand(70_000, 1)  # 70,000^2 distances do not fit
         (lambda p, r: pairwise_distances(HUGE), "would not fit"),
         (lambda p, r: pairwise_distances(p, group_offsets=torch.tensor([0, 3])), "group_offsets"),
         (lambda p, r: pairwise_distances(p, metric="hamming"), "metric"),
+        (lambda p, r: pairwise_distances(p.long()), "points must hold floats, got torch.int64"),
+        (lambda p, r: k_center(p.numpy(), 2), "points must be a torch tensor"),
         (lambda p, r: k_center(p, 0), "k = 0"),
         (lambda p, r: k_center(p, 2, seeds=[4]), "seeds"),
         (lambda p, r: k_center(p, 2, seeds=[-1]), "seeds"),

@@ -26,7 +26,7 @@ from ampo_fast.losses.stats import (
     mean_output,
     segment_sum,
 )
-from ampo_fast.validation import check_choice, check_first_order
+from ampo_fast.validation import check_choice, check_first_order, check_normalizer
 
 _CHOICES = {
     "score": ("avg", "sum"),
@@ -288,6 +288,7 @@ def group_contrastive_loss(
     Raises:
         ValueError: shapes, offsets or options that do not fit; on a CPU also NaN.
     """
+    check_normalizer(normalizer)
     stats = checked(
         ResponseStats(logp_M, length_M, reward_M, group_offsets, ref_logp_M, eos_logp_M, positive_M, baseline_B)
     )

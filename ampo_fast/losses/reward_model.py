@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from ampo_fast.losses import listwise
 from ampo_fast.losses.margins import length_similarity, prior_bound
 from ampo_fast.losses.pairs import gap, mean_over_pairs, preferred_pairs, soft_label_loss
-from ampo_fast.losses.stats import Groups, LossOutput, check_positive, mean_output
-from ampo_fast.validation import check_choice, check_finite, check_offsets, check_vector
+from ampo_fast.losses.stats import Groups, LossOutput, check_lengths, check_positive, mean_output
+from ampo_fast.validation import check_choice, check_finite, check_offsets, check_tensor, check_vector, checks_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,11 @@ class RewardLoss:
         if not isinstance(score_M, torch.Tensor) or not score_M.is_floating_point():
             raise ValueError("score_M must be a floating point tensor, one score per response")
         offsets = check_offsets("group_offsets", group_offsets, score_M.shape[0])
-        for name, vector in (("score_M", score_M), ("reward_M", reward_M), ("length_M", length_M)):
-            if vector is not None:
-                check_vector(name, vector, int(offsets[-1]), score_M.device)
-                check_finite(name, vector)
+        for name, vector in (("score_M", score_M), ("reward_M", reward_M)):
+            check_vector(name, vector, int(offsets[-1]), score_M.device)
+            check_finite(name, vector)
+        if length_M is not None:
+            check_lengths(length_M, int(offsets[-1]), score_M.device)
         groups = Groups(offsets, score_M.device)
         work = torch.promote_types(score_M.dtype, torch.float32)
         view = ScoredView(
@@ -79,12 +80,16 @@ def _similarity(similarity: torch.Tensor | None, groups: Groups, work: torch.dty
     if similarity is None:
         return None
     num_groups, widest = groups.mask_BG.shape
+    check_tensor("similarity", similarity)
     if similarity.shape == (num_groups,):
         similarity = similarity[:, None, None].expand(num_groups, widest, widest)
     if similarity.shape != (num_groups, widest, widest):
         raise ValueError(
             f"similarity must be [{num_groups}] or [{num_groups}, {widest}, {widest}], got {tuple(similarity.shape)}"
         )
+    check_finite("similarity", similarity)
+    if checks_values(similarity) and bool(((similarity < 0) | (similarity > 1)).any()):
+        raise ValueError(f"similarity must be in [0, 1], got {similarity.min():g} .. {similarity.max():g}")
     return similarity.to(work)
 
 
