@@ -119,7 +119,7 @@ def default_tolerance(policy: Policy, dtype: str) -> float:
 
     In half precision most of it is the engine's: SmolLM2 itself, its activations kept in bfloat16, is 0.040 to 0.054 from
     float32 on a fixed text, 0.004 to 0.006 in float16, and 0.013 to 0.026 under autocast to bfloat16. The limit is three
-    times the most; a stale tied head is 0.5 off. On CUDA vLLM's attention multiplies float32 in TF32: about 0.0025.
+    times the most; a tied head left stale was 0.15 to 0.5 off. On CUDA vLLM's attention uses TF32 for float32: about 0.0025.
     """
     if policy.compute_dtype != torch.float32 or dtype != "float32":
         return 0.15
