@@ -133,8 +133,12 @@ def k_medoids(
     if weights is not None:
         check_tensor("weights", weights)
     weight_N = torch.ones(n, dtype=torch.float64) if weights is None else weights.detach().cpu().double()
-    if weight_N.shape != (n,) or not bool((weight_N >= 0).all()) or not bool(weight_N.isfinite().all()):
-        raise ValueError(f"weights must be {n} finite numbers >= 0")
+    if weight_N.shape != (n,):
+        raise ValueError(f"weights must have shape [{n}], got {tuple(weight_N.shape)}")
+    is_bad_N = ~(weight_N >= 0) | ~weight_N.isfinite()
+    if bool(is_bad_N.any()):
+        first = int(is_bad_N.nonzero()[0])
+        raise ValueError(f"weights[{first}] = {float(weight_N[first])}; weights must be finite and >= 0")
     # Row j holds what it costs member j to serve every point.
     weighted_NN = weight_N * distances.detach().cpu().double().T
     if not bool(weighted_NN.isfinite().all()):

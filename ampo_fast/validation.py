@@ -145,7 +145,8 @@ def check_head(
         raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
     if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():
         raise ValueError(
-            f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}"
+            f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}; "
+            "cast one, hidden_RD.to(weight_VD.dtype) for example"
         )
     num_tokens = weight_VD.shape[0]
     check_vector("target_R", target_R, hidden_RD.shape[0], hidden_RD.device)
@@ -160,7 +161,10 @@ def check_head(
         and checks_values(target_R)
         and not 0 <= int(target_R.min()) <= int(target_R.max()) < num_tokens
     ):
-        raise ValueError(f"target_R holds ids outside 0 .. {num_tokens - 1}; leave padding rows out")
+        row = int(((target_R < 0) | (target_R >= num_tokens)).nonzero()[0])
+        raise ValueError(
+            f"target_R[{row}] = {int(target_R[row])} is outside the vocabulary, 0 .. {num_tokens - 1}; leave padding rows out"
+        )
 
 
 def describe(value: object) -> str:

@@ -305,9 +305,12 @@ def test_sure_target_keeps_its_gradient_digits():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"target_R": torch.full((40,), V)}, "target_R"),
-        ({"target_R": torch.full((40,), -1)}, "target_R"),
-        ({"target_R": torch.zeros(40, dtype=torch.int64).index_fill_(0, torch.tensor([3]), -100)}, "target_R"),
+        ({"target_R": torch.full((40,), V)}, r"target_R\[0\] = 97 is outside .* 0 .. 96"),
+        (
+            {"target_R": torch.zeros(40, dtype=torch.int64).index_fill_(0, torch.tensor([3, 5]), -100)},
+            r"target_R\[3\] = -100",
+        ),
+        ({"weight_VD": torch.zeros(V, D, dtype=torch.bfloat16)}, r"hidden_RD.to\(weight_VD.dtype\)"),
         ({"target_R": torch.zeros(39, dtype=torch.int64)}, "target_R"),
         ({"weight_VD": torch.zeros(V, D, dtype=torch.float64, device="meta")}, "weight_VD is on meta"),
         (

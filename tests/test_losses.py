@@ -200,6 +200,11 @@ def test_sum_and_nll():
     assert Sum([(1.0, SWEPO())]).uses_reference
 
 
+def test_nll_without_given_positives_is_of_the_highest_reward_ties_to_the_first():
+    data = stats([-2.0, -3.0, -8.0, -5.0, -6.0], [4, 3, 2, 5, 3], [0.1, 0.7, 0.7, 0.2, 0.9], [0, 3, 3, 5])
+    assert NLL()(data).per_group_B.tolist() == [1.0, 0.0, 2.0]
+
+
 def test_function_equals_class_and_normalizer_divides():
     data = stats([-2.0, -3.0, -1.0, -5.0], [2, 3, 4, 5], [0.9, 0.1, 0.4, 0.2], [0, 2, 4])
     args = (data.logp_M, data.length_M, data.reward_M, data.group_offsets)

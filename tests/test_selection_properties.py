@@ -273,7 +273,11 @@ HUGE = torch.zeros(1, 1).expand(70_000, 1)  # 70,000^2 distances do not fit
         (lambda p, r: k_medoids(torch.zeros(3, 3), 1, fixed=[0, 1]), "fixed"),
         (lambda p, r: k_medoids(torch.zeros(3, 4), 1), "distances"),
         (lambda p, r: k_medoids(-torch.ones(3, 3), 1), "negative"),
-        (lambda p, r: k_medoids(torch.zeros(3, 3), 1, weights=torch.tensor([1.0, -1.0, 0.0])), "weights"),
+        (lambda p, r: k_medoids(torch.zeros(3, 3), 1, weights=torch.tensor([1.0, -1.0, 0.0])), r"weights\[1\] = -1"),
+        (
+            lambda p, r: k_medoids(torch.zeros(3, 3), 1, weights=torch.ones(4)),
+            r"weights must have shape \[3\], got \(4,\)",
+        ),
     ],
 )
 def test_bad_input_is_named(call, match):

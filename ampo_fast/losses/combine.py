@@ -7,18 +7,30 @@ from dataclasses import dataclass
 
 import torch
 
-from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, mean_output
+from ampo_fast.losses.stats import (
+    CheckedStats,
+    Groups,
+    Loss,
+    LossOutput,
+    ResponseStats,
+    given_positives,
+    mean_output,
+    padded_rewards,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NLL(Loss):
-    """-log pi(y+) / |y+|, averaged over the group's positives; 0 for a group without one."""
+    """-log pi(y+) / |y+|, averaged over the group's positives; 0 for a group without one.
+
+    The positives are positive_M where given, else the response of the highest reward (ties: lowest index).
+    """
 
     def _output(self, stats: CheckedStats) -> LossOutput:
-        if stats.positive_M is None:
-            raise ValueError("NLL needs positive_M: it regularises the positive")
         groups = Groups(stats.group_offsets, stats.logp_M.device)
-        positive_BG = groups.pad(stats.positive_M.bool(), False)
+        positive_BG = given_positives(stats, groups)
+        if positive_BG is None:
+            positive_BG = groups.first_best(padded_rewards(stats, groups))
         nll_BG = groups.pad(-stats.logp_M / stats.length_M, 0.0)
         kept_BG = torch.where(positive_BG, nll_BG, 0.0)
         return mean_output(kept_BG.sum(1) / positive_BG.sum(1).clamp(min=1))

@@ -23,7 +23,9 @@ from ampo_fast.losses.stats import (
     ResponseStats,
     check_positive,
     checked,
+    given_positives,
     mean_output,
+    padded_rewards,
     segment_sum,
 )
 from ampo_fast.validation import check_choice, check_first_order, check_normalizer
@@ -109,10 +111,10 @@ class GroupContrastive(Loss):
         return score_M + self.alpha * (self.beta if self.alpha_place == "inside" else 1.0) * weight_M
 
     def _positives(self, stats: ResponseStats, groups: Groups) -> torch.Tensor:
-        if stats.positive_M is not None:
-            return groups.pad(stats.positive_M.bool(), False)
-        work = torch.promote_types(stats.reward_M.dtype, torch.float32)
-        reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
+        given_BG = given_positives(stats, groups)
+        if given_BG is not None:
+            return given_BG
+        reward_BG = padded_rewards(stats, groups)
         if self.split == "mean":
             return (reward_BG > _baseline(stats, groups, reward_BG)) & groups.mask_BG
         return groups.first_best(reward_BG)

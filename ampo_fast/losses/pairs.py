@@ -13,7 +13,16 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.losses.stats import (
+    CheckedStats,
+    Groups,
+    Loss,
+    LossOutput,
+    ResponseStats,
+    check_positive,
+    given_positives,
+    mean_output,
+)
 from ampo_fast.validation import check_choice
 
 
@@ -72,8 +81,7 @@ class GroupView:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         work = stats.logp_M.dtype
         reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
-        positive_BG = None if stats.positive_M is None else groups.pad(stats.positive_M.bool(), False)
-        mask_BGG, equal_BGG = preferred_pairs(groups, reward_BG, pairs, positive_BG, keep_equal)
+        mask_BGG, equal_BGG = preferred_pairs(groups, reward_BG, pairs, given_positives(stats, groups), keep_equal)
         return cls(
             groups=groups,
             log_ratio_BG=groups.pad(log_ratio_M, -1.0),

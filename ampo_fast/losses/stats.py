@@ -177,6 +177,17 @@ class Groups:
         return top_BG & (top_BG.cumsum(1) == 1)
 
 
+def given_positives(stats: CheckedStats, groups: Groups) -> torch.Tensor | None:
+    """[B, G] bool: positive_M in its groups, or None."""
+    return None if stats.positive_M is None else groups.pad(stats.positive_M.bool(), False)
+
+
+def padded_rewards(stats: CheckedStats, groups: Groups) -> torch.Tensor:
+    """[B, G] in the rewards' own precision, by which sides are decided; 0 in the padding."""
+    work = torch.promote_types(stats.reward_M.dtype, torch.float32)
+    return groups.pad(stats.reward_M.to(work), 0.0)
+
+
 def segment_sum(values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[M] sum of each segment, in a fixed order (an atomic index_add has none); offsets int64 [M + 1] on the CPU."""
     return _SegmentSum.apply(values_R, offsets)
