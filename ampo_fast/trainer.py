@@ -33,7 +33,7 @@ from ampo_fast.reward_model.data import settle_disagreements
 from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
-from ampo_fast.run_dir import open_run_dir
+from ampo_fast.run_dir import open_run_dir, run_closed
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt
 from ampo_fast.segments import with_segments
 from ampo_fast.stage_files import read_rows, write_rows_atomic
@@ -55,7 +55,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     directory, or starts anew where there is none. On a CPU with the transformers engine and as many ranks as before the
     metrics are then, bit for bit, those of a run that was never stopped.
     """
-    with distributed.process_group(config.run.timeout_s), distributed.named_errors():
+    with distributed.process_group(config.run.timeout_s), distributed.named_errors(), run_closed(config):
         trainer = Trainer(config, resume)
         try:
             return trainer.run()
