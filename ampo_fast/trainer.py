@@ -197,11 +197,13 @@ class Trainer:
     def _log_step(self, metrics: dict[str, float]) -> dict[str, float]:
         seconds = dict(self.progress.phase_s)
         step_s = sum(seconds.values())
+        sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
+        tokens = {"": sampled, "trained_": metrics["num_tokens"], "wasted_": metrics.get("perf/wasted_tokens", 0)}
+        metrics |= {f"perf/{kind}tokens_per_second": number / step_s for kind, number in tokens.items()}
         metrics |= {"num_tokens": self.state["num_tokens"]}
         metrics |= {"epoch": self.sampler.epoch(self.step / self.config.steps_per_round)}
         metrics |= {f"time/{name}": value for name, value in seconds.items()} | {"time/step": step_s}
-        sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
-        metrics |= {"perf/tokens_per_second": sampled / step_s, "perf/peak_rss_mib": peak_rss_mib()}
+        metrics |= {"perf/peak_rss_mib": peak_rss_mib()}
         self.metrics.log(self.step, metrics)
         return metrics
 
