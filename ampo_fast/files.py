@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,24 @@ if TYPE_CHECKING:
     import torch
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives what the file system says of an open file that file's path: a full disk names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Write aside, fsync, rename: after a crash or on a full disk the old file is still there, whole."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        write(aside)
-        fsync_path(aside)
+        with naming(path):
+            write(aside)
+            fsync_path(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

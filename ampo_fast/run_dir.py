@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ampo_fast.config import Config
 from ampo_fast.files import write_json
@@ -15,6 +19,11 @@ from ampo_fast.reward_model.config import RewardTrainingConfig
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
+
+_CONFIG = "config.json"
+_LOCK = ".lock"
+_locks: dict[Path, IO[str]] = {}
+"""Of the runs that this process has open."""
 
 # Fields that may differ on --resume; the name of a table stands for all that is in it. These say who watches, how long it
 # goes on, where it is kept and what is too much to bear, not what is computed.
@@ -34,19 +43,22 @@ def open_run_dir(
 ) -> Path:
     """Creates DIR/NAME and writes config.json, or checks that an existing one is of the same configuration.
 
-    Raises ValueError when the directory exists and resume is False, or when a field differs from the run's own.
+    Raises ValueError when the directory exists and resume is False, another process has it open, or a field differs from
+    the run's own.
     """
     path = config.run_dir
-    saved = path / "config.json"
+    saved = path / _CONFIG
     resolved = json.loads(config.model_dump_json())
     if saved.exists():
         if not resume:
             raise ValueError(f"{path} already holds a run; add --resume auto, or choose another --run.name")
-        _check_same(path, json.loads(saved.read_text()), resolved)
+        _lock(path)
+        _check_same(path, _read(saved), resolved)
         return path
-    if path.exists() and any(path.iterdir()):
+    if any(_is_content(entry) for entry in path.rglob("*")):
         raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
     path.mkdir(parents=True, exist_ok=True)
+    _lock(path)
     for name in folders:
         (path / name).mkdir(exist_ok=True)
     write_json(saved, resolved)
@@ -79,6 +91,49 @@ def _hash(prompts: Iterable[Prompt]) -> str:
         given = [[r.content, r.reward, r.is_chosen, dict(r.scores)] for r in prompt.responses]
         digest.update(json.dumps([prompt.id, prompt.messages, given], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def run_closed(config: Config | RewardTrainingConfig) -> Iterator[None]:
+    """Lets others open the run once what is inside has ended, however it did."""
+    try:
+        yield
+    finally:
+        lock = _locks.pop(config.run_dir.resolve(), None)
+        if lock is not None:
+            lock.close()
+
+
+def _lock(path: Path) -> None:
+    """Keeps other processes out until this one ends or run_closed does; the system lets go of a killed one's by itself."""
+    if path.resolve() in _locks:
+        return
+    file = (path / _LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"{path} is in use by {holder}; stop it first, or choose another --run.name") from None
+    except OSError as error:  # some network file systems know no locks
+        log.warning("%s cannot be locked (%s): nothing keeps a second process from resuming it", path, error)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locks[path.resolve()] = file
+
+
+def _is_content(entry: Path) -> bool:
+    """Whether it is more than what a start that was killed leaves: folders, temporary files, the lock."""
+    return not entry.is_dir() and entry.name != _LOCK and not entry.name.endswith(".tmp")
+
+
+def _read(saved: Path) -> Any:
+    try:
+        return json.loads(saved.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{saved} cannot be read ({error}); restore it, or choose another --run.name") from error
 
 
 def _check_same(path: Path, saved: Any, resolved: Any) -> None:

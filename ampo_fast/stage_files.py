@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ampo_fast.files import save_tensors, write_atomic
+from ampo_fast.files import naming, save_tensors, write_atomic
 from ampo_fast.jsonl import dump_line, read_jsonl
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt, ScoredGroup, SelectedGroup
 
@@ -295,12 +295,14 @@ class RowWriter:
         self.write_rows([row_from_group(group) for group in groups if group.prompt.id not in self._ids])
 
     def write_rows(self, rows: Sequence[Row]) -> None:
-        self._file.write("".join(map(dump_line, rows)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write("".join(map(dump_line, rows)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> RowWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with naming(self.path):  # what a full disk did not take is tried once more
+            self._file.close()

@@ -13,6 +13,7 @@ import torch
 
 from ampo_fast.packing import MicroBatch, kept_candidates, packed_length
 from ampo_fast.types import PackedBatch, ScoredGroup, SelectedGroup
+from ampo_fast.unshared import padded_tokens
 
 
 def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int) -> dict[str, float]:
@@ -113,27 +114,33 @@ def policy_metrics(groups: Sequence[TrainedGroup]) -> dict[str, float]:
     }
 
 
-def sharing_metrics(plans: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
+def sharing_metrics(plans: Sequence[Sequence[MicroBatch]], is_shared: bool, is_recomputed: bool) -> dict[str, float]:
     """What all ranks forward: how many groups are split, what their first forward costs, what shared prompts save.
 
     plans: each rank's micro-batches. perf/prefix_saved is the share of tokens that stay out because a prompt runs once for
-    several responses.
+    several responses. perf/wasted_tokens are those that the layers run beside num_tokens: the first forward of split groups,
+    copies of prompts and padding where prompts are not shared, and all once more where activations are recomputed.
     """
     micros = [micro for plan in plans for micro in plan if micro.groups]
     split = [micro for micro in micros if micro.part]
-    forwarded, alone, first_pass = 0, 0, 0
+    packed, alone, first_pass, ran = 0, 0, 0, 0
     for micro in micros:
+        own_packed, sequences = 0, []
         for group in micro.groups:
             prompt = len(group.scored.group.prompt_ids)
             lengths = [len(_candidate(group.scored, i).token_ids) for i in micro.part or kept_candidates(group)]
-            tokens = packed_length(prompt, lengths)
-            forwarded += tokens
-            alone += sum(packed_length(prompt, [length]) for length in lengths)
-            first_pass += tokens if micro.part else 0
+            own_packed += packed_length(prompt, lengths)
+            sequences += [packed_length(prompt, [length]) for length in lengths]
+        own_ran = own_packed if is_shared else padded_tokens(sequences)
+        packed += own_packed
+        alone += sum(sequences)
+        first_pass += own_ran if micro.part else 0
+        ran += own_ran * (1 + is_recomputed)
     return {
         "perf/split_groups": len({id(micro.groups[0]) for micro in split}),
         "perf/tokens_without_gradient": first_pass,
-        "perf/prefix_saved": 1.0 - forwarded / alone,
+        "perf/prefix_saved": 1.0 - packed / alone if is_shared else 0.0,
+        "perf/wasted_tokens": first_pass + ran - packed,
     }
 
 

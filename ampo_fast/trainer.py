@@ -41,7 +41,7 @@ from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker
-from ampo_fast.run_dir import keep_data, open_run_dir
+from ampo_fast.run_dir import keep_data, open_run_dir, run_closed
 from ampo_fast.sampler import read_prompts
 from ampo_fast.select import why_untrained
 from ampo_fast.stage_files import read_rows, write_rows_atomic
@@ -63,7 +63,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     directory, or starts anew where there is none. On a CPU with the transformers engine and as many ranks as before the
     metrics are then, bit for bit, those of a run that was never stopped.
     """
-    with distributed.process_group(config.run.timeout_s), distributed.named_errors():
+    with distributed.process_group(config.run.timeout_s), distributed.named_errors(), run_closed(config):
         trainer = Trainer(config, resume)
         try:
             return trainer.run()
@@ -214,11 +214,13 @@ class Trainer:
     def _log_step(self, metrics: dict[str, float]) -> dict[str, float]:
         seconds = dict(self.progress.phase_s)
         step_s = sum(seconds.values())
+        sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
+        tokens = {"": sampled, "trained_": metrics["num_tokens"], "wasted_": metrics.get("perf/wasted_tokens", 0)}
+        metrics |= {f"perf/{kind}tokens_per_second": number / step_s for kind, number in tokens.items()}
         metrics |= {"num_tokens": self.state["num_tokens"]}
         metrics |= {"epoch": self.sampler.epoch(self.step / self.config.steps_per_round)}
         metrics |= {f"time/{name}": value for name, value in seconds.items()} | {"time/step": step_s}
-        sampled = metrics["completions/mean_length"] * metrics["group/size"] * self.config.optim.prompts_per_step
-        metrics |= {"perf/tokens_per_second": sampled / step_s, "perf/peak_rss_mib": peak_rss_mib()}
+        metrics |= {"perf/peak_rss_mib": peak_rss_mib()}
         self.metrics.log(self.step, metrics)
         return metrics
 

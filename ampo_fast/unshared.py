@@ -52,6 +52,11 @@ def padded_calls(lengths: Sequence[int], max_padded: float = _MAX_PADDED) -> lis
     return calls
 
 
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """What those calls run, padding included."""
+    return sum(lengths[call[0]] * len(call) for call in padded_calls(lengths))
+
+
 def _sequences(batch: PackedBatch) -> tuple[list[torch.Tensor], list[int]]:
     """Every response's token ids behind its prompt's, and where the first row that predicts one of them is."""
     sequences, starts = [], []

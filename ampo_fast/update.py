@@ -108,7 +108,7 @@ class Updater:
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)
         self.guard.check(is_finite, f"step {step + 1}: loss {sums[0].item()}, gradient norm {grad_norm}", progress.note)
         metrics = {"loss": sums[0].item(), "grad_norm": grad_norm, "num_tokens": int(sums[1].item())}
-        metrics |= sharing_metrics(plans)
+        metrics |= sharing_metrics(plans, self.policy.is_shared, config.activation_checkpointing)
         num_targets = sum(map(count_targets, trained))
         seconds = progress.phase_s["forward_backward"] + progress.phase_s["optimizer"]
         metrics |= utilisation(self.policy, metrics["num_tokens"], num_targets, seconds)

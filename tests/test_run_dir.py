@@ -1,5 +1,7 @@
 """The run directory: whose it is, which settings and data may change, and what a start that was killed leaves."""
 
+import fcntl
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ from builders import config, prompt
 
 from ampo_fast.config import Config, field_paths
 from ampo_fast.reward_model.config import RewardTrainingConfig
-from ampo_fast.run_dir import _FREE, _ROUNDING, keep_data, open_run_dir
+from ampo_fast.run_dir import _FREE, _ROUNDING, keep_data, open_run_dir, run_closed
 from ampo_fast.types import GivenResponse
 
 GIVEN = (GivenResponse(content="yes", reward=1.0, scores={"help": 4.0}), GivenResponse(content="no", reward=0.0))
@@ -85,3 +87,50 @@ def test_what_is_computed_may_not_change(tmp_path, field):
     changed = settings(tmp_path, **{section: {name: value}}, checkpoint={"every": 7})
     with pytest.raises(ValueError, match=rf"{field}: .*another --run.name"):
         open_run_dir(changed, resume=True)
+
+
+def test_a_run_that_is_open_is_not_resumed_and_its_holder_named(tmp_path):
+    with run_closed(settings(tmp_path)):
+        path = open_run_dir(settings(tmp_path), resume=False)
+        assert (path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        with (path / ".lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        other.write("process 7 on there")
+        other.flush()
+        with pytest.raises(ValueError, match=r"r is in use by process 7 on there.*--run\.name"):
+            open_run_dir(settings(tmp_path), resume=True)
+    open_run_dir(settings(tmp_path), resume=True)
+
+
+def test_a_start_that_was_killed_strands_nothing_and_other_files_are_left_alone(tmp_path):
+    path = tmp_path / "r"
+    (path / "rollouts").mkdir(parents=True)
+    for name in (".lock", ".config.json.tmp", "config.json.tmp"):
+        (path / name).touch()
+    assert open_run_dir(settings(tmp_path), resume=True) == path
+    assert (path / "config.json").stat().st_size
+    (path / "config.json").unlink()
+    (path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not a run directory"):
+        open_run_dir(settings(tmp_path), resume=False)
+
+
+def test_an_empty_config_is_named(tmp_path):
+    path = open_run_dir(settings(tmp_path), resume=False)
+    (path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"r/config\.json cannot be read.*--run\.name"):
+        open_run_dir(settings(tmp_path), resume=True)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+    else:  # nothing is refused to root
+        monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(PermissionError, match=f"{tmp_path}/r"):
+        open_run_dir(settings(tmp_path), resume=False)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import resource
+import signal
 
 import pytest
 import torch
@@ -250,6 +252,22 @@ def test_file_torn_within_its_first_line_starts_anew(tmp_path):
     with RowWriter(path) as writer:
         assert writer.rows == []
     assert path.read_bytes() == b""
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = RowWriter(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.jsonl"):
+            writer.write([make_group("a")])
+        with pytest.raises(OSError, match=r"x\.jsonl"):
+            writer.__exit__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_rows_are_in_the_file_when_write_returns(tmp_path):

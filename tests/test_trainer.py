@@ -14,6 +14,7 @@ from runs import command, comparable, of_other_modes, reached, write_run
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import PolicyEmbedder
 from ampo_fast.margins_fit import gamma_for_agreement
+from ampo_fast.metrics import read_metrics
 from ampo_fast.preview import dry_run
 from ampo_fast.trainer import Trainer, train
 
@@ -56,6 +57,10 @@ def test_the_last_line_is_the_summary_and_the_run_directory_is_whole(finished):
     assert not list((run_dir / "rollouts").glob("*partial*"))
     steps = [row["step"] for row in comparable(run_dir) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+    first = next(row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] == 1)
+    rate = first["perf/trained_tokens_per_second"]
+    assert rate * first["time/step"] == pytest.approx(first["num_tokens"])
+    assert first["perf/wasted_tokens_per_second"] == 0
 
 
 def test_whoever_the_umask_lets_read_can_read_every_file_of_a_run(finished):

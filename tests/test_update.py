@@ -14,6 +14,7 @@ from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
 from ampo_fast.packing import MicroBatch, balanced_shares, group_tokens, idle_batch, packed_length, rank_micro_batches
 from ampo_fast.progress import TrainingProgress
+from ampo_fast.step_metrics import sharing_metrics
 from ampo_fast.types import SelectedGroup
 from ampo_fast.update import Updater
 
@@ -132,6 +133,22 @@ def test_the_reference_moves_on_steps_without_a_trained_group(tiny_model):
         metrics = updater.step([skipped], step, TrainingProgress(1), is_comparable=False)
         assert torch.equal(own, reference) == (step == 1)
     assert metrics["num_tokens"] == 0
+
+
+def test_wasted_tokens_are_those_that_run_beside_the_trained_ones():
+    groups = [selected(0, [3, 5]), selected(1, [2, 6])]  # 4 + 2 + 4 and 4 + 1 + 5 packed tokens
+    whole, split = rank_micro_batches(groups, 100, 1), rank_micro_batches(groups[:1], 8, 1)
+    wasted = {
+        name: sharing_metrics(plans, is_shared, is_recomputed)["perf/wasted_tokens"]
+        for name, plans, is_shared, is_recomputed in (
+            ("shared", whole, True, False), ("recomputed", whole, True, True), ("split", split, True, False),
+            ("unshared", whole, False, False), ("unshared and recomputed", whole, False, True),
+        )
+    }  # fmt: skip
+    # Alone they are 6 + 8 and 5 + 9 tokens; 9, 8 and 6 pad to 27, and 5 runs by itself.
+    assert wasted == {
+        "shared": 0, "recomputed": 20, "split": 14, "unshared": 32 - 20, "unshared and recomputed": 64 - 20,
+    }  # fmt: skip
 
 
 def test_an_idle_rank_adds_exactly_nothing(tiny_policy, tiny_model):

@@ -32,7 +32,7 @@ from ampo_fast.reward_model.data import check_margins, hold_out, load_groups
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
 from ampo_fast.reward_model.model import EncodedGroup, RewardModel
-from ampo_fast.run_dir import open_run_dir
+from ampo_fast.run_dir import open_run_dir, run_closed
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str
 
     With resume, goes on from the run's newest evaluation, or starts anew where there is none.
     """
-    return RewardTrainer(config, resume=resume).run()
+    with run_closed(config):
+        return RewardTrainer(config, resume=resume).run()
 
 
 @dataclass(frozen=True, slots=True)
