@@ -26,7 +26,8 @@ from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.evaluation import response_logp
 from ampo_fast.http_client import HttpError
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import IncompleteBatch, stream_seed
+from ampo_fast.random_streams import stream_seed
+from ampo_fast.rollouts import IncompleteBatch
 from ampo_fast.types import Sampling
 from ampo_fast.vllm import process
 from ampo_fast.vllm.canary import SyncError
