@@ -30,7 +30,7 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.replay import ReplayBuffer
 from ampo_fast.report import write_report
 from ampo_fast.reward_model.data import settle_disagreements
-from ampo_fast.rewards import make_reward
+from ampo_fast.rewards import check_scores, make_reward
 from ampo_fast.rollouts import TransformersEngine
 from ampo_fast.rounds import RoundMaker
 from ampo_fast.run_dir import keep_data, open_run_dir
@@ -83,6 +83,7 @@ class Trainer:
         self.eval_prompts = self._eval_prompts()
         self.sampler = PromptSampler(self.train_prompts, config.prompts_per_round, config.run.seed)
         self.embedder = make_embedder(config, self.actor)
+        check_scores(self.train_prompts, config.reward.kinds)
         self.reward_fn = make_reward(config, self.embedder)
         self.updater = Updater(config, self.policy, self.train_prompts)
         longest = longest_prompt(self.train_prompts, self.policy, config)
@@ -290,7 +291,9 @@ class Trainer:
 
     def _prompts(self, source: str, field: str) -> list[Prompt]:
         needs_responses = field == "data.train" and self.config.rollout.engine == "data"
-        prompts = settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
+        prompts = settle_disagreements(
+            load_prompts(source, needs_responses=needs_responses, field=field), "scores", field
+        )
         prompts = admit_prompts(prompts, self.policy, self.config, field)
         if not prompts:
             raise ValueError(f"{field} = {source!r} leaves no prompt to use")
