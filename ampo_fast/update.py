@@ -11,7 +11,7 @@ import torch
 
 from ampo_fast import distributed, losses
 from ampo_fast.config import Config
-from ampo_fast.losses.stats import Loss
+from ampo_fast.losses.stats import Loss, check_params
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import guarded_step, learning_rate, make_optimizer
 from ampo_fast.packing import (
@@ -52,6 +52,7 @@ def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
     # CaPO's win rates are those against all candidates, which the loss never sees.
     implied = {"calibrated": True} if config.loss.name == "CaPO" and normalizer_for(config) == "win_rate" else {}
     try:
+        check_params(classes[config.loss.name], config.loss.params)
         loss = classes[config.loss.name](**implied | fitted_params(config.loss, config.reward.normalize, prompts))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.loss.params!r}: {error}") from error

@@ -18,6 +18,7 @@ import torch
 
 from ampo_fast import losses
 from ampo_fast.losses import ResponseStats, reward_model
+from ampo_fast.losses.stats import check_params
 from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, resolve_gamma
 from ampo_fast.metrics import MetricsLog
@@ -259,11 +260,12 @@ def _groups(config: RewardTrainingConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[Any, float | None]:
     """(the loss that loss.name and loss.params name, its gamma where it has one, fitted on the groups where asked for)."""
+    kind = ScoreInfoNCA if config.name == "InfoNCA" else getattr(reward_model, config.name)
     try:
+        check_params(kind, config.params)
         if config.name == "InfoNCA":
-            return ScoreInfoNCA(**config.params), None
-        params = resolve_gamma(config.params, *margins_and_labels(groups))
-        loss = getattr(reward_model, config.name)(**params)
+            return kind(**config.params), None
+        loss = kind(**resolve_gamma(config.params, *margins_and_labels(groups)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.params!r}: {error}") from error
     return loss, getattr(loss, "gamma", None)
