@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for a user's mistake (one `error:` line), 130 for Ctrl-C."""
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options = parser.parse_args(own)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_field_hint(options, unknown[0])}")
     if overrides and not hasattr(options, "config"):
         parser.error(f"{options.command} reads no config: unrecognized arguments: {' '.join(overrides)}")
     try:
@@ -60,6 +62,16 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not equals:
             overrides += [value for value in (next(rest, None),) if value is not None]
     return own, overrides
+
+
+def _field_hint(options: argparse.Namespace, argument: str) -> str:
+    """For an option of a trainer of another make: the field that it may mean."""
+    if not (hasattr(options, "config") and argument.startswith("--")):
+        return ""
+    from ampo_fast.config import nearest_field
+
+    nearest = nearest_field(argument.lstrip("-").partition("=")[0], _schema(options.command))
+    return f"; did you mean --{nearest}?" if nearest else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _FORMATS_WITH_RESPONSES = "responses, completions, all_generated_responses, A0.. with score_A0.., chosen + rejected"
 
 
-def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
+def load_prompts(source: str, *, needs_responses: bool = False, field: str = "") -> list[Prompt]:
     """Reads a .jsonl, .jsonl.gz or .parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).
 
     Formats (data_formats.FORMATS) are known by their fields, one format a source: prompts only (`prompt` as text or
@@ -27,21 +27,23 @@ def load_prompts(source: str, *, needs_responses: bool = False) -> list[Prompt]:
     ID, ID#2, ...
 
     Raises:
-        ValueError: naming file and line, for a row that cannot be read, a second format, a repeated id,
-            or, where needs_responses, rows without responses.
+        ValueError: naming file and line, for a row that cannot be read, a second format, a repeated id, or, where
+            needs_responses, rows without responses; naming `field` for a file that does not exist.
         ImportError: where pyarrow or datasets is needed and missing.
     """
     prompts: dict[str, Prompt] = {}
     seen_at: dict[str, str] = {}
     first: tuple[Format, str] | None = None
-    for where, number, row in _rows(source):
+    for where, number, row in _rows(source, field):
         try:
             found, turns, responses = read_row(row)
             first = first or (found, where)
             _check_same_format(found, row, first)
             if needs_responses and not responses:
                 raise ValueError(f"no responses; the fields that bring them: {_FORMATS_WITH_RESPONSES}")
-            prompt = Prompt(id=_row_id(row, number), messages=turns, responses=responses, subset=_subset(row))
+            prompt = Prompt(
+                id=_row_id(row, number), messages=turns, responses=responses, subset=_subset(row), where=where
+            )
             prompt = _distinct(prompt, prompts, seen_at, found)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -113,17 +115,18 @@ def _distinct(prompt: Prompt, prompts: dict[str, Prompt], seen_at: dict[str, str
 # --- sources: each yields (where, row number from 1, row) -----------------------------------------
 
 
-def _rows(source: str) -> Iterator[tuple[str, int, Row]]:
+def _rows(source: str, field: str) -> Iterator[tuple[str, int, Row]]:
     is_packaged = source.startswith("package:")
     path = _packaged(source.removeprefix("package:")) if is_packaged else Path(source)
+    is_file_name = path.name.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or not source
+    if is_file_name and not path.exists():
+        raise ValueError(f"{field} = {source!r} does not exist" if field else f"{source!r} does not exist")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.name.endswith(_SUFFIXES):
         yield from ((f"{path}:{number}", number, row) for number, row in read_jsonl(path))
     elif path.exists():
         raise ValueError(f"{source}: a data file must end in {', '.join(_SUFFIXES)}")
-    elif not source or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source!r} does not exist")
     else:
         yield from _hub_rows(source)
 
@@ -143,7 +146,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int, Row]]:
     except ImportError as error:
         raise ImportError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from error
     if not path.is_file():
-        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+        raise ValueError(f"{path} is not a file")
     number = 0
     try:
         with parquet.ParquetFile(path) as table:

@@ -59,7 +59,7 @@ def evaluate_file(scorer: Scorer, pairs: str, html: Path | None = None, limit: i
 
     Pairs whose label and scores disagree count by their scores. limit: only the first so many prompts or pairs.
     """
-    groups = load_groups(RewardDataConfig(train=pairs, disagreement="scores"))[:limit]
+    groups = load_groups(RewardDataConfig(train=pairs, eval=pairs, disagreement="scores"), "--pairs")[:limit]
     result = {"scored_by": scorer.name, "pairs": pairs} | evaluate_scores(groups, scorer.score(groups))
     if html is not None:
         facts = [("scored by", scorer.name), ("pairs", pairs)]

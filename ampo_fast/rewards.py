@@ -76,12 +76,22 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str, field: str
     return _on_texts(PythonScorer(kind, field))
 
 
+def check_scores(prompts: Sequence[Prompt], kinds: Sequence[str]) -> None:
+    """Raises ValueError, before anything is sampled, where a data:SCORE of reward.kind is not in the data."""
+    for kind in kinds:
+        if kind.startswith("data:"):
+            for prompt in prompts:
+                _given_scores(prompt, kind.removeprefix("data:"))
+
+
 def _given_scores(prompt: Prompt, name: str) -> list[Number]:
     """One of the ratings that came with the prompt's responses. Raises ValueError where none of them has it."""
     if not any(name in response.scores for response in prompt.responses):
         known = sorted({known for response in prompt.responses for known in response.scores})
         have = f"only {', '.join(known)}" if known else "no scores by name"
-        raise ValueError(f"reward.kind = 'data:{name}': the responses of prompt {prompt.id} have {have}")
+        raise ValueError(
+            f"reward.kind = 'data:{name}': the responses of prompt {prompt.where or prompt.id} have {have}"
+        )
     return [response.scores.get(name) for response in prompt.responses]
 
 

@@ -62,23 +62,28 @@ def _held_out(config: Config, policy: Policy) -> list[Prompt]:
 
 
 def _load(source: str, field: str, needs_responses: bool = False) -> list[Prompt]:
-    return settle_disagreements(load_prompts(source, needs_responses=needs_responses), "scores", field)
+    return settle_disagreements(load_prompts(source, needs_responses=needs_responses, field=field), "scores", field)
 
 
 def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> list[Prompt]:
     """Leaves out prompts longer than data.max_prompt_tokens, counts them, and raises when they are too many."""
     limit = config.data.max_prompt_tokens
-    kept = [prompt for prompt in prompts if len(policy.encode_prompt(prompt.messages)) <= limit]
+    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
     num_long = len(prompts) - len(kept)
+    long = [prompt.where or prompt.id for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+    named = f"{', '.join(long[:5])}{', ...' if num_long > 5 else ''}"
     if num_long > config.data.max_overlong_share * len(prompts):
         raise ValueError(
             f"{field}: {num_long} of {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit}, more than "
-            f"data.max_overlong_share = {config.data.max_overlong_share} allows; raise one of them"
+            f"data.max_overlong_share = {config.data.max_overlong_share} allows ({named}); raise one of them"
         )
     if not kept:
         raise ValueError(f"{field}: no prompt is within data.max_prompt_tokens = {limit}; raise it")
     if num_long:
-        log.warning("%s: left out %d of %d prompts longer than %d tokens", field, num_long, len(prompts), limit)
+        log.warning(
+            "%s: left out %d of %d prompts longer than %d tokens: %s", field, num_long, len(prompts), limit, named
+        )
     return kept
 
 

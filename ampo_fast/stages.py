@@ -83,10 +83,11 @@ _SETTINGS = {
 def generate(config: Config, source: str | Path | None, output: Path) -> int:
     """Samples rollout.n candidates for every prompt of `source` (default data.train); returns how many rows are new."""
     is_offline = config.rollout.engine == "data"
-    prompts = load_prompts(str(source or config.data.train), needs_responses=is_offline)
+    field = "--input" if source else "data.train"
+    prompts = load_prompts(str(source or config.data.train), needs_responses=is_offline, field=field)
     _claim("generate", config, output)
     policy = Policy.load(config.model)
-    prompts = admit_prompts(prompts, policy, config, "--input" if source else "data.train")
+    prompts = admit_prompts(prompts, policy, config, field)
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
     rollout = config.rollout
     sampling = rollout.sampling(config.run.seed)
@@ -235,7 +236,7 @@ def _read(source: Path) -> list[Row]:
     """The rows of a stage file, or those of a data file of any format that brings responses."""
     if source.suffix != ".parquet" and is_stage_row(next(read_jsonl(source))[1]):
         return read_rows(source)
-    prompts = load_prompts(str(source), needs_responses=True)
+    prompts = load_prompts(str(source), needs_responses=True, field="--input")
     return [
         {"id": prompt.id, "prompt": list(prompt.messages), "responses": list(map(_given, prompt.responses))}
         for prompt in prompts

@@ -36,7 +36,7 @@ from ampo_fast.model import Policy, export
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
-from ampo_fast.rewards import make_reward
+from ampo_fast.rewards import check_scores, make_reward
 from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.rollouts.replay import ReplayBuffer
@@ -89,6 +89,7 @@ class Trainer:
         prompts = read_prompts(config, self.actor)
         self.sampler, self.eval_prompts = prompts.sampler, prompts.held_out
         self.embedder = make_embedder(config, self.actor)
+        check_scores(self.sampler.prompts, config.reward.kinds)
         self.reward_fn = make_reward(config, self.embedder)
         self.updater = Updater(config, self.policy, self.sampler.prompts)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial

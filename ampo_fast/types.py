@@ -42,6 +42,8 @@ class Prompt:
     """Given responses; empty where the policy is to write them."""
     subset: str = ""
     """Which part of a benchmark it is from (RewardBench), where the data says so."""
+    where: str = field(default="", compare=False)
+    """FILE:LINE that it was read from, for messages; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

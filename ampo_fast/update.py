@@ -11,7 +11,7 @@ import torch
 
 from ampo_fast import distributed, losses
 from ampo_fast.config import Config
-from ampo_fast.losses.stats import Loss
+from ampo_fast.losses.stats import Loss, check_params
 from ampo_fast.margins_fit import fitted_params
 from ampo_fast.model import Policy
 from ampo_fast.optimizer import NonfiniteGuard, guarded_step, learning_rate, make_optimizer
@@ -43,6 +43,7 @@ def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
     """The loss that loss.name and loss.params name, plus the NLL term where asked for; gamma fitted on given rewards."""
     kind, params = losses.loss_class(config.loss.name), config.loss.params
     try:
+        check_params(kind, params)
         if kind.fits_gamma:
             params = fitted_params(params, config.reward.normalize, prompts)
         loss = kind(**kind.implied_params(normalizer_for(config)) | params)

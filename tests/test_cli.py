@@ -124,6 +124,18 @@ def test_overrides_reach_the_config_from_anywhere(toml, trained):
     assert (config.run.seed, config.select.k, config.loss.params) == (-1, 3, {"beta": 10.0, "gamma": 2.5})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--learning_rate", "1e-5"], "did you mean --optim.lr?"),
+        (["--steps=3"], "did you mean --run.steps?"),
+    ],
+)
+def test_an_option_without_a_section_names_the_field(toml, trained, capsys, arguments, hint):
+    assert exit_status("train", str(toml), *arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
 def test_override_where_no_config_is_read_is_an_error(tmp_path, capsys):
     assert exit_status("inspect", "x.jsonl", "--select.k", "3") == 2
     assert "unrecognized arguments: --select.k 3" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from ampo_fast.config import Config, build_config, field_paths, load_config, parse_overrides, recipe_path
+from ampo_fast.config import _TRL, Config, build_config, field_paths, load_config, parse_overrides, recipe_path
 from ampo_fast.reward_model.config import RewardTrainingConfig
 from ampo_fast.types import Sampling
 
@@ -63,7 +63,11 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("section", "field", "nearest"),
     [
-        ("optim", "learning_rate", "optim."),
+        ("optim", "learning_rate", r"optim\.lr\?"),
+        ("rollout", "num_generations", r"rollout\.n\?"),
+        ("loss", "beta", r"loss\.params\.beta\?"),
+        ("rollout", "max_completion_length", r"rollout\.max_new_tokens\?"),
+        ("optim", "temperature", r"rollout\.temperature\?"),
         ("optim", "lrr", "optim.lr"),
         ("rollout", "temprature", "rollout.temperature"),
         ("select", "stratgy", "select.strategy"),
@@ -73,6 +77,11 @@ def test_config_survives_json():
 def test_unknown_key_names_the_nearest(section, field, nearest):
     with pytest.raises(ValueError, match=rf"unknown key {section}\.{field}; did you mean {nearest}"):
         build_config(MINIMAL | {section: {field: 1}})
+
+
+def test_every_name_of_another_trainer_stands_for_a_field():
+    names = {path for schema in (Config, RewardTrainingConfig) for path, _ in field_paths(schema, is_full=True)}
+    assert {theirs for theirs in _TRL.values() if not theirs.startswith("loss.params.")} <= names
 
 
 def test_unknown_section_names_the_nearest():

@@ -228,7 +228,9 @@ def test_parquet_errors_name_the_row_and_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "module"), [("x.parquet", "pyarrow"), ("some/set", "datasets")])
-def test_missing_package_says_what_to_install(monkeypatch, source, module):
+def test_missing_package_says_what_to_install(monkeypatch, tmp_path, source, module):
+    monkeypatch.chdir(tmp_path)
+    Path("x.parquet").touch()
     real_import = builtins.__import__
 
     def no_import(name, *args, **kwargs):
@@ -314,6 +316,17 @@ def test_ids_from_id_prompt_id_or_the_row_number(tmp_path):
     assert [prompt.id for prompt in load_prompts(path)] == ["7", "p", "3"]
 
 
+def test_a_missing_file_is_named_by_its_field(tmp_path):
+    for name in ("no.jsonl", "no.parquet"):
+        with pytest.raises(ValueError, match=r"^data\.train = '.*no\..*' does not exist"):
+            load_prompts(str(tmp_path / name), field="data.train")
+
+
+def test_a_prompt_knows_its_line_whatever_its_id(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"prompt": "a"}, {"id": "second", "prompt": "b"})
+    assert [prompt.where for prompt in load_prompts(path)] == [f"{path}:1", f"{path}:2"]
+
+
 def test_repeated_id_names_both_lines(tmp_path):
     path = write(tmp_path / "x.jsonl", {"id": "a", "prompt": "1"}, {"prompt": "2"}, {"id": "a", "prompt": "3"})
     with pytest.raises(ValueError, match=r"x\.jsonl:3: id 'a' is already at .*x\.jsonl:1"):
@@ -368,7 +381,7 @@ def test_text_that_is_not_utf8_names_the_line(tmp_path):
 
 
 def test_missing_file_unknown_suffix_and_directory(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"no\.jsonl' does not exist"):
         load_prompts(str(tmp_path / "no.jsonl"))
     (tmp_path / "x.csv").write_text("prompt\na\n")
     with pytest.raises(ValueError, match=r"must end in \.jsonl, \.jsonl\.gz, \.parquet"):

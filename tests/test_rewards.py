@@ -6,6 +6,7 @@ from builders import config, group, prompt
 
 from ampo_fast.rewards import (
     check_missing,
+    check_scores,
     make_reward,
     normalize_rewards,
     normalizer_for,
@@ -155,6 +156,14 @@ def test_a_given_score_is_a_reward_by_its_name_alone_or_beside_others():
     assert make_reward(given_config("data:honest"))([given]) == [[None, None]]
     with pytest.raises(ValueError, match=r"data:harm.*the responses of prompt x have only help, honest"):
         make_reward(given_config("data:harm"))([given])
+
+
+def test_a_score_that_the_data_lacks_is_refused_before_anything_is_sampled():
+    rated = GivenResponse(content="a", scores={"help": 4.0})
+    prompts = [Prompt(id=str(i), messages=prompt().messages, responses=(rated,), where=f"x.jsonl:{i}") for i in (1, 2)]
+    check_scores(prompts, ["data:help", "data"])
+    with pytest.raises(ValueError, match=r"'data:helpfulness': the responses of prompt x\.jsonl:1 have only help"):
+        check_scores(prompts, ["data", "data:helpfulness"])
 
 
 def test_relevance_prefers_a_finished_answer_to_the_point():

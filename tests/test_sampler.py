@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from builders import config, prompt
@@ -31,11 +32,11 @@ def test_too_few_prompts_are_named():
 def test_overlong_prompts_are_counted_and_too_many_are_an_error(tiny_policy, caplog):
     from builders import config
 
-    prompts = [prompt(i, "hi") for i in range(9)] + [prompt(9, "x" * 200)]
+    prompts = [prompt(i, "hi") for i in range(9)] + [replace(prompt(9, "x" * 200), where="x.jsonl:10")]
     settings = config(data={"max_prompt_tokens": 50, "max_overlong_share": 0.1})
     assert len(admit_prompts(prompts, tiny_policy, settings, "data.train")) == 9
-    assert "1 of 10" in caplog.text
-    with pytest.raises(ValueError, match=r"data\.train: 2 of 11"):
+    assert "1 of 10 prompts longer than 50 tokens: x.jsonl:10" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.train: 2 of 11 .*\(x\.jsonl:10, p10\); raise"):
         admit_prompts([*prompts, prompt(10, "y" * 200)], tiny_policy, settings, "data.train")
 
 

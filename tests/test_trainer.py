@@ -236,6 +236,15 @@ def test_the_model_is_exported_before_anything_is_said_of_it(tiny_model, tmp_pat
     assert (tmp_path / "runs/r/final/model.safetensors").is_file()
 
 
+def test_what_the_data_lacks_is_said_before_the_run_begins(tiny_model, tmp_path):
+    path = write_pairs(tmp_path, tiny_model, pair_rows(), reward={"kind": "data:help"})
+    with pytest.raises(ValueError, match=r"'data:help'.*pairs\.jsonl:1 have no scores by name"):
+        train(load_config(str(path)))
+    with pytest.raises(ValueError, match=r"^data\.eval = '.*none\.jsonl' does not exist"):
+        train(load_config(str(path), ["--data.eval", str(tmp_path / "none.jsonl")]))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_offline_training_from_multi_response_data(tiny_model, tmp_path):
     rows = [
         {
@@ -286,7 +295,7 @@ def test_an_unknown_loss_and_a_wrong_field_are_named(tiny_model, tmp_path):
     path = write_run(tmp_path, tiny_model)
     with pytest.raises(ValueError, match=r"loss\.name.*AMPO"):
         train(load_config(str(path), ["--loss.name", "AMPOO"]))
-    with pytest.raises(ValueError, match=r"loss\.params"):
+    with pytest.raises(ValueError, match=r"loss\.params = .*AMPO has no field betta; its fields: .*beta, .*gamma"):
         train(load_config(str(path), ["--loss.params.betta", "3"]))
 
 

@@ -80,15 +80,53 @@ def _problem_line(problem: Any, schema: type[Section], prefix: str) -> str:
     return f"{key} {message}".strip()
 
 
+_TRL = {
+    "beta": "loss.params.beta",
+    "bf16": "model.dtype",
+    "dataset_name": "data.train",
+    "eval_steps": "eval.every",
+    "gradient_checkpointing": "optim.activation_checkpointing",
+    "learning_rate": "optim.lr",
+    "loss_type": "loss.name",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_steps": "run.steps",
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.n",
+    "num_train_epochs": "run.epochs",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "optim.prompts_per_step",
+    "report_to": "run.trackers",
+    "reward_funcs": "reward.kind",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "use_vllm": "rollout.engine",
+    "warmup_steps": "optim.warmup_ratio",
+}
+"""What TRL and transformers call a field."""
+
+
+def nearest_field(key: str, schema: type[Section] = Config) -> str | None:
+    """The field that an unknown key most likely means: TRL's name for one, its last part, or what is written alike."""
+    names = [path for path, _ in field_paths(schema, is_full=True)]
+    last = key.rpartition(".")[2]
+    theirs = _TRL.get(last, "")
+    if theirs in names or (theirs.startswith("loss.params.") and "loss.params" in names):
+        return theirs
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(key, [*names, *schema.model_fields], n=1, cutoff=0.4)
+    return same[0] if len(same) == 1 else close[0] if close else None
+
+
 def _instead_of(key: str, schema: type[Section], prefix: str) -> str:
     """What to write for an unknown key."""
     if prefix:  # no help text lists these
         return f"; known: {', '.join(schema.model_fields)}"
     if schema is not Config and any(f"{path}.".startswith(f"{key}.") for path, _ in field_paths(is_full=True)):
         return ": `ampo-fast train` alone reads it; leave it out"
-    names = [path for path, _ in field_paths(schema, is_full=True)] + list(schema.model_fields)
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    nearest = nearest_field(key, schema)
+    return f"; did you mean {nearest}?" if nearest else ""
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:

@@ -5,6 +5,8 @@ Shapes: R rows, M responses, B groups, G the largest group.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -112,6 +114,14 @@ class LossOutput:
     """Mean over the groups, those without a term (an empty side, no pair) counted."""
     per_group_B: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_params(kind: Callable[..., Any], params: Iterable[str]) -> None:
+    """Raises ValueError naming what is no field of the loss, and the fields that it has."""
+    known = list(inspect.signature(kind).parameters)
+    unknown = [name for name in params if name not in known]
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; its fields: {', '.join(known) or 'none'}")
 
 
 class Loss:

@@ -27,7 +27,7 @@ def load_groups(config: RewardDataConfig, field: str = "data.train") -> list[Pro
     Raises ValueError, naming field and rows: too many missing scores, chosen below rejected, nothing left.
     """
     source = config.train if field == "data.train" else config.eval
-    groups = load_prompts(source, needs_responses=True)
+    groups = load_prompts(source, needs_responses=True, field=field)
     groups = scored_only(groups, config.max_missing_share, field)
     groups = settle_disagreements(groups, config.disagreement, field)
     if config.group_by_prompt:
@@ -99,6 +99,6 @@ def check_margins(groups: Sequence[Prompt], loss: type[RewardLoss]) -> None:
         )
     if loss.reads_margins and len(sizes) == 1:
         raise ValueError(
-            f"loss.name = {loss.__name__!r} reads margins, and every margin here is {sizes.pop()} (pairs without scores "
-            "have 1): it would be label smoothing only; give scores, or use BradleyTerry"
+            f"loss.name = {loss.__name__!r} reads margins, and every margin here is {sizes.pop()} (pairs without scores have "
+            '1): it would be label smoothing only; give scores, or set loss.name = "BradleyTerry" and loss.params = {}'
         )

@@ -18,6 +18,7 @@ import torch
 from ampo_fast.files import write_json
 from ampo_fast.losses import LossOutput, reward_model
 from ampo_fast.losses.reward_model import RewardLoss
+from ampo_fast.losses.stats import check_params
 from ampo_fast.losses.token_diff import divergent_similarity
 from ampo_fast.margins_fit import fit_slope, margins_and_labels, resolve_gamma
 from ampo_fast.metrics import MetricsLog
@@ -256,7 +257,9 @@ def _groups(config: RewardTrainingConfig) -> tuple[list[Prompt], list[Prompt]]:
 def make_reward_loss(config: RewardLossConfig, groups: Sequence[Prompt]) -> tuple[RewardLoss, float | None]:
     """(the loss that loss.name and loss.params name, its gamma where it has one, fitted on the groups where asked for)."""
     try:
-        loss = getattr(reward_model, config.name)(**resolve_gamma(config.params, *margins_and_labels(groups)))
+        kind = getattr(reward_model, config.name)
+        check_params(kind, config.params)
+        loss = kind(**resolve_gamma(config.params, *margins_and_labels(groups)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.params = {config.params!r}: {error}") from error
     return loss, getattr(loss, "gamma", None)
