@@ -7,7 +7,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from ampo_fast.config import _TRL, Config, build_config, field_paths, load_config, parse_overrides, recipe_path
+from ampo_fast.config import Config, build_config, field_paths, load_config, parse_overrides, recipe_path
+from ampo_fast.config.reading import _TRL
 from ampo_fast.reward_model.config import RewardTrainingConfig
 from ampo_fast.types import Sampling
 
