@@ -88,12 +88,12 @@ class Updater:
         """
         trained = [group for group in selected if group.is_trained]
         lr = learning_rate(step, self.config.run.steps, self.config.optim)
-        metrics = {"learning_rate": lr, "num_tokens": 0}
+        metrics: dict[str, float] = {"num_tokens": 0}
         if trained:  # or not on any rank: all see the same groups
-            metrics |= self._train(trained, step, lr, progress, is_comparable)
+            metrics = self._train(trained, step, lr, progress, is_comparable)
         if self.reference is not None:
             self.reference.follow(self.policy, step + 1)
-        return metrics
+        return metrics | {"learning_rate": lr}
 
     def _train(
         self, trained: Sequence[SelectedGroup], step: int, lr: float, progress: TrainingProgress, is_comparable: bool

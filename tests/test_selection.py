@@ -130,17 +130,6 @@ def test_out_of_time_is_the_best_known_with_a_bound_that_holds():
         assert late.lower_bound[0] <= known.cost[0] <= late.cost[0]
 
 
-def test_a_limit_long_past_is_no_time_at_all():
-    points, rewards, offsets = random_groups([40, 40], seed=5, dim=64)
-    found = [
-        select_responses(points, rewards, 8, strategy="opt_select_exact", group_offsets=offsets, time_limit=limit)
-        for limit in (0.0, -1.0, -1e300, -math.inf)
-    ]
-    for late in found:
-        assert all(torch.equal(a, b) for a, b in zip(late, found[0], strict=True))
-        assert not late.proven.any()
-
-
 def test_too_little_memory_is_a_memory_error():
     # Of each call at least 200 MB are asked for inside its parallel region.
     code = """
