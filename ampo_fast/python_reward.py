@@ -53,9 +53,8 @@ class PythonScorer:
 
     def _load(self, kind: str) -> Callable[..., Any]:
         module, _, name = kind.partition(":")
-        if (
-            os.getcwd() not in sys.path and "" not in sys.path
-        ):  # an installed command has its own directory there instead
+        # An installed command has its own directory there, where `python -m` has the working one.
+        if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
             function = getattr(importlib.import_module(module), name)

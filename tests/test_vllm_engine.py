@@ -137,11 +137,16 @@ def test_every_sync_arrives_and_a_head_left_out_is_noticed(served_model):
     ("model", "dtype", "limit"),
     [
         ("tiny", "bfloat16", 0.05),
-        pytest.param(SMOLLM, "bfloat16", 0.15, marks=pytest.mark.slow),  # 0.054 was measured
+        pytest.param(
+            SMOLLM,
+            "bfloat16",
+            0.05,
+            marks=[pytest.mark.slow, pytest.mark.xfail(reason="vLLM's own bfloat16 rounding: 0.054 was measured")],
+        ),
         pytest.param(SMOLLM, "bfloat16:float16", 0.05, marks=pytest.mark.slow),
     ],
 )
-def test_half_precision_stays_within_its_tolerance(model, dtype, limit, tmp_path):
+def test_half_precision_stays_within_what_it_must(model, dtype, limit, tmp_path):
     result = case("sync", tiny_for_vllm(tmp_path) if model == "tiny" else model, dtype)
     assert max(result["gaps"]) <= limit
     assert max(result["canary"]) <= limit
