@@ -96,7 +96,8 @@ def _sides(group: ScoredGroup, config: Config) -> tuple[Sequence[bool], Sequence
 def why_untrained(groups: Sequence[SelectedGroup]) -> str:
     """Of groups that are all left out: the commonest reason, and the fields that decide it."""
     reason, count = Counter(group.skip_reason for group in groups).most_common(1)[0]
-    return f"{reason} ({count} of {len(groups)}); see {_FIELDS[reason]}"
+    fields = _FIELDS.get(reason, "rollouts/")  # another version's rollouts have reasons in other words
+    return f"{reason} ({count} of {len(groups)}); see {fields}"
 
 
 def without_unselected(group: SelectedGroup) -> SelectedGroup:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -41,6 +42,8 @@ def test_degenerate_groups_are_left_out_with_the_reason_and_the_fields_that_deci
     assert reason in chosen[0].skip_reason
     assert not chosen[0].is_trained
     assert chosen[1].is_trained
+    older = dataclasses.replace(chosen[0], skip_reason="in other words")
+    assert why_untrained([older]) == "in other words (1 of 1); see rollouts/"
     assert why_untrained(chosen[:1]).startswith(f"{chosen[0].skip_reason} (1 of 1); see ")
     assert field in why_untrained(chosen[:1]).partition("; see ")[2]
 
