@@ -68,7 +68,8 @@ def select_responses(
         keys: int64 [B], stable ids that seed "random" and "coreset" together with `seed`.
         impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
-        ValueError: k < 1, an unknown strategy, shapes that do not fit, NaN among the valid, distances beyond float32.
+        ValueError: k < 1, an unknown strategy, shapes that do not fit; on a CPU also NaN among the valid and distances
+            beyond float32 (a GPU is not waited for: there they give a cost of NaN or infinity).
     """
     check_choice("impl", impl, IMPLS)
     check_choice("strategy", strategy, STRATEGIES)
@@ -94,9 +95,9 @@ def select_responses(
         raise ValueError(f"tie_tol = {tie_tol}; use a reward difference >= 0, or None for no such rule")
     problem = _Problem(
         points=embeddings.detach(),
-        rewards=rewards.detach().cpu().double(),
-        valid=_mask("valid", valid, n),
-        positive_ok=_mask("positive_ok", positive_ok, n),
+        rewards=rewards.detach().double(),
+        valid=_mask("valid", valid, rewards),
+        positive_ok=_mask("positive_ok", positive_ok, rewards),
         offsets=offsets,
         keys=_keys(keys, num_groups),
         k=k,
@@ -112,7 +113,7 @@ def select_responses(
     impl = resolve_impl(impl, problem.points, _why_not_select_cuda(problem))
     if impl == "cuda":
         return _select_cuda(problem)
-    problem = dataclasses.replace(problem, points=problem.points.cpu())
+    problem = problem.to(torch.device("cpu"))
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
     _check_costs(chosen)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
@@ -120,7 +121,7 @@ def select_responses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Problem:
-    """The checked arguments of select_responses; points where they came from, the rest on the CPU."""
+    """The checked arguments of select_responses; tensors where they came from, but for the offsets: on the CPU."""
 
     points: torch.Tensor
     rewards: torch.Tensor
@@ -136,6 +137,11 @@ class _Problem:
     seed: int
     time_limit: float | None
 
+    def to(self, device: torch.device) -> _Problem:
+        names = ("points", "rewards", "valid", "positive_ok", "keys")
+        moved = {name: getattr(self, name).to(device).contiguous() for name in names}
+        return dataclasses.replace(self, **moved)
+
 
 def _why_not_select_cuda(problem: _Problem) -> str | None:
     if problem.strategy in ("coreset", "opt_select_exact"):
@@ -149,7 +155,7 @@ def _why_not_select_cuda(problem: _Problem) -> str | None:
 def _select_cuda(problem: _Problem) -> Selection:
     """On the points' device and torch's current stream, without waiting for it. Not yet run on a GPU."""
     device, num_groups = problem.points.device, len(problem.keys)
-    points = problem.points.contiguous()
+    problem = problem.to(device)
     out = Selection(
         positive=torch.empty(num_groups, problem.positives, dtype=torch.int64, device=device),
         negative=torch.empty(num_groups, problem.k, dtype=torch.int64, device=device),
@@ -159,24 +165,24 @@ def _select_cuda(problem: _Problem) -> Selection:
     )
     with torch.cuda.device(device):
         _C.select_cuda(
-            points.data_ptr(),
-            points.dtype == torch.bfloat16,
-            points.shape[1],
-            *_common_arguments(problem),
+            problem.points.data_ptr(),
+            problem.points.dtype == torch.bfloat16,
+            *problem.points.shape,
+            problem.rewards.data_ptr(),
+            problem.valid.data_ptr(),
+            problem.positive_ok.data_ptr(),
+            problem.offsets.numpy(),
+            problem.keys.data_ptr(),
+            *_options(problem),
             [tensor.data_ptr() for tensor in out],
             torch.cuda.current_stream(device).cuda_stream,
         )
     return out
 
 
-def _common_arguments(problem: _Problem) -> tuple[object, ...]:
-    """What both compiled selectors take, in their order."""
+def _options(problem: _Problem) -> tuple[object, ...]:
+    """What both compiled selectors take beside the arrays, in their order."""
     return (
-        problem.rewards.numpy(),
-        problem.valid.numpy(),
-        problem.positive_ok.numpy(),
-        problem.offsets.numpy(),
-        problem.keys.numpy(),
         STRATEGIES.index(problem.strategy),
         problem.k,
         problem.positives,
@@ -188,8 +194,9 @@ def _common_arguments(problem: _Problem) -> tuple[object, ...]:
 
 def _select_cpp(problem: _Problem) -> Selection:
     limit = math.inf if problem.time_limit is None else problem.time_limit
+    arrays = (problem.rewards, problem.valid, problem.positive_ok, problem.offsets, problem.keys)
     positive, negative, cost, lower_bound, proven = _C.select(
-        as_numpy(problem.points), *_common_arguments(problem), limit
+        as_numpy(problem.points), *(array.numpy() for array in arrays), *_options(problem), limit
     )
     as_tensor = torch.from_numpy
     return Selection(
@@ -278,16 +285,16 @@ def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
     check_tensor("keys", keys)
     if keys.shape != (num_groups,) or keys.dtype != torch.int64:
         raise ValueError(f"keys must be int64 [{num_groups}], got {keys.dtype} {tuple(keys.shape)}")
-    return keys.detach().cpu()
+    return keys.detach()
 
 
-def _mask(name: str, mask: torch.Tensor | None, n: int) -> torch.Tensor:
+def _mask(name: str, mask: torch.Tensor | None, rewards: torch.Tensor) -> torch.Tensor:
     if mask is None:
-        return torch.ones(n, dtype=torch.bool)
+        return torch.ones_like(rewards, dtype=torch.bool)
     check_tensor(name, mask)
-    if mask.shape != (n,) or mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be bool [{n}], got {mask.dtype} {tuple(mask.shape)}")
-    return mask.detach().cpu()
+    if mask.shape != rewards.shape or mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool [{len(rewards)}], got {mask.dtype} {tuple(mask.shape)}")
+    return mask.detach()
 
 
 def _check_costs(chosen: Selection) -> None:

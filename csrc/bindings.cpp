@@ -100,32 +100,21 @@ std::vector<int64_t> k_medoids(const Array<double>& weighted, int64_t k, const s
   return chosen;
 }
 
-// What select and select_cuda share: one entry a point, one key a group.
-ampo::SelectInput checked_input(const ampo::Points& view, const Array<double>& reward, const Array<uint8_t>& valid,
-                                const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys) {
-  const int64_t num_groups = checked_groups(offsets, view.count);
-  AMPO_CHECK(reward.size() == view.count && valid.size() == view.count && positive_ok.size() == view.count,
-             "reward, valid and positive_ok must have one entry a point");
-  AMPO_CHECK(keys.size() == num_groups, "keys must have one entry a group");
-  return {view, reward.data(), valid.data(), positive_ok.data(), offsets.data(), keys.data(), num_groups};
-}
-
-int64_t largest_group(const ampo::SelectInput& input) {
-  int64_t largest = 0;
-  for (int64_t g = 0; g < input.num_groups; ++g) largest = std::max(largest, input.offsets[g + 1] - input.offsets[g]);
-  return largest;
-}
-
 py::tuple select_groups(const py::array& points, const Array<double>& reward, const Array<uint8_t>& valid,
                         const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys,
                         int strategy, int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed,
                         double time_limit_s) {
-  const ampo::SelectInput input = checked_input(view_points(points), reward, valid, positive_ok, offsets, keys);
+  const ampo::Points view = view_points(points);
+  const int64_t num_groups = checked_groups(offsets, view.count);
+  AMPO_CHECK(reward.size() == view.count && valid.size() == view.count && positive_ok.size() == view.count,
+             "reward, valid and positive_ok must have one entry a point");
+  AMPO_CHECK(keys.size() == num_groups, "keys must have one entry a group");
+  const ampo::SelectInput input{view, reward.data(), valid.data(), positive_ok.data(), offsets.data(), keys.data(), num_groups};
   AMPO_CHECK(k >= 1 && num_positives >= 1, "k and positives must be at least 1");
   const ampo::SelectOptions options{ampo::Strategy(strategy), k, num_positives, cover_positives, tie_tol, seed, time_limit_s};
   const bool has_matrix = options.strategy == ampo::Strategy::kCoreset || options.strategy == ampo::Strategy::kOptSelect ||
                           options.strategy == ampo::Strategy::kOptSelectExact;
-  AMPO_CHECK(!has_matrix || largest_group(input) < (int64_t(1) << 15),
+  AMPO_CHECK(!has_matrix || ampo::largest_group(input) < (int64_t(1) << 15),
              "a group is too large for this strategy's n x n distances; use k_center");
   py::array_t<int64_t> positive({input.num_groups, num_positives}), negative({input.num_groups, k});
   py::array_t<double> cost(input.num_groups), lower_bound(input.num_groups);
@@ -168,13 +157,18 @@ void k_center_cuda(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t d
   ampo::kcenter_cuda(view, k, seeds, device<int64_t>(chosen_pointer), device<void>(stream));
 }
 
-void select_cuda(uintptr_t pointer, bool is_bfloat16, int64_t dim, const Array<double>& reward, const Array<uint8_t>& valid,
-                 const Array<uint8_t>& positive_ok, const Array<int64_t>& offsets, const Array<int64_t>& keys, int strategy,
-                 int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed,
+void select_cuda(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim, uintptr_t reward_pointer,
+                 uintptr_t valid_pointer, uintptr_t positive_ok_pointer, const Array<int64_t>& offsets, uintptr_t keys_pointer,
+                 int strategy, int64_t k, int64_t num_positives, bool cover_positives, double tie_tol, uint64_t seed,
                  const std::vector<uintptr_t>& out_pointers, uintptr_t stream) {
-  const ampo::Points view = view_device(pointer, is_bfloat16, reward.size(), dim);
-  const ampo::SelectInput input = checked_input(view, reward, valid, positive_ok, offsets, keys);
-  AMPO_CHECK(1 <= k && k <= ampo::kMaxCudaK && largest_group(input) <= ampo::kMaxCudaGroup, "too large for one block a group");
+  const ampo::SelectInput input{view_device(pointer, is_bfloat16, count, dim),
+                                device<const double>(reward_pointer),
+                                device<const uint8_t>(valid_pointer),
+                                device<const uint8_t>(positive_ok_pointer),
+                                offsets.data(),
+                                device<const int64_t>(keys_pointer),
+                                checked_groups(offsets, count)};
+  AMPO_CHECK(1 <= k && k <= ampo::kMaxCudaK && ampo::largest_group(input) <= ampo::kMaxCudaGroup, "too large for one block a group");
   AMPO_CHECK(out_pointers.size() == 5, "five outputs");
   const ampo::SelectOptions options{ampo::Strategy(strategy), k, num_positives, cover_positives, tie_tol, seed, INFINITY};
   AMPO_CHECK(options.strategy != ampo::Strategy::kCoreset && options.strategy != ampo::Strategy::kOptSelectExact,
@@ -210,10 +204,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("offsets"), py::arg("metric"), py::arg("out_pointer"), py::arg("stream"));
   m.def("k_center_cuda", &k_center_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("count"), py::arg("dim"),
         py::arg("k"), py::arg("seeds"), py::arg("chosen_pointer"), py::arg("stream"));
-  m.def("select_cuda", &select_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("dim"), py::arg("reward"),
-        py::arg("valid"), py::arg("positive_ok"), py::arg("offsets"), py::arg("keys"), py::arg("strategy"), py::arg("k"),
-        py::arg("num_positives"), py::arg("cover_positives"), py::arg("tie_tol"), py::arg("seed"), py::arg("out_pointers"),
-        py::arg("stream"));
+  m.def("select_cuda", &select_cuda, py::arg("pointer"), py::arg("is_bfloat16"), py::arg("count"), py::arg("dim"),
+        py::arg("reward_pointer"), py::arg("valid_pointer"), py::arg("positive_ok_pointer"), py::arg("offsets"),
+        py::arg("keys_pointer"), py::arg("strategy"), py::arg("k"), py::arg("num_positives"), py::arg("cover_positives"),
+        py::arg("tie_tol"), py::arg("seed"), py::arg("out_pointers"), py::arg("stream"));
 #else
   m.attr("has_cuda") = false;
 #endif

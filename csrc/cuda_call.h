@@ -29,10 +29,10 @@ class DeviceBuffer {
   DeviceBuffer(int64_t count, cudaStream_t stream) : stream_(stream) {
     cuda_check(cudaMallocAsync(reinterpret_cast<void**>(&data_), sizeof(T) * (count > 0 ? count : 1), stream), "cudaMallocAsync");
   }
-  DeviceBuffer(const std::vector<T>& host, cudaStream_t stream) : DeviceBuffer(int64_t(host.size()), stream) {
-    if (host.empty()) return;
+  DeviceBuffer(const T* host, int64_t count, cudaStream_t stream) : DeviceBuffer(count, stream) {
+    if (count == 0) return;
     // From pageable memory: the call returns once the host's copy is no longer needed.
-    cuda_check(cudaMemcpyAsync(data_, host.data(), sizeof(T) * host.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+    cuda_check(cudaMemcpyAsync(data_, host, sizeof(T) * count, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
   }
   ~DeviceBuffer() { cudaFreeAsync(data_, stream_); }
   DeviceBuffer(const DeviceBuffer&) = delete;

@@ -3,11 +3,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define AMPO_HOST_DEVICE __host__ __device__
-#else
-#define AMPO_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace ampo {
 

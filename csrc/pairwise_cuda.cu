@@ -35,7 +35,7 @@ void pairwise_cuda(const Points& points, Metric metric, const int64_t* offsets, 
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   const std::vector<Tile> host_tiles = tiles_of(offsets, num_groups);
   if (host_tiles.empty()) return;
-  const DeviceBuffer<Tile> tiles(host_tiles, stream);
+  const DeviceBuffer<Tile> tiles(host_tiles.data(), int64_t(host_tiles.size()), stream);
   const bool needs_lengths = metric == Metric::kCosine || points.dtype == Dtype::kBfloat16;
   const DeviceBuffer<double> buffer(needs_lengths ? points.count : 0, stream);
   double* length = needs_lengths ? buffer.data() : nullptr;

@@ -40,10 +40,20 @@ struct SelectOutput {
 
 void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output);
 
+// Size of the largest group; offsets on the host.
+inline int64_t largest_group(const SelectInput& input) {
+  int64_t largest = 0;
+  for (int64_t g = 0; g < input.num_groups; ++g) {
+    const int64_t count = input.offsets[g + 1] - input.offsets[g];
+    largest = count > largest ? count : largest;
+  }
+  return largest;
+}
+
 // The same on a device for groups of at most kMaxCudaGroup, k <= kMaxCudaK, float32 or bfloat16 points, and every strategy but
-// kCoreset and kOptSelectExact: points.data and the output are device pointers, `stream` a cudaStream_t. Does not wait.
+// kCoreset and kOptSelectExact: all pointers are device pointers but input.offsets, `stream` is a cudaStream_t. Does not wait.
 constexpr int64_t kMaxCudaGroup = 64;
 constexpr int64_t kMaxCudaK = 32;
-void select_cuda(const SelectInput& input, const SelectOptions& options, const SelectOutput& output, void* stream);
+void select_cuda(SelectInput input, const SelectOptions& options, const SelectOutput& output, void* stream);
 
 }  // namespace ampo

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "random.h"
+#include "stable_exp.h"
 
 namespace ampo {
 
@@ -49,9 +50,9 @@ void Group::weigh() {
     sum += reward(i);
     lowest = std::min(lowest, reward(i));
   }
-  shift_ = std::exp(sum / double(valid_.size()) - lowest);
+  shift_ = stable_exp(sum / double(valid_.size()) - lowest);
   weight_.resize(clients_.size());
-  for (size_t c = 0; c < clients_.size(); ++c) weight_[c] = std::exp(lowest - reward(clients_[c]));
+  for (size_t c = 0; c < clients_.size(); ++c) weight_[c] = stable_exp(lowest - reward(clients_[c]));
 }
 
 std::vector<int64_t> Group::lowest(std::vector<int64_t> from, int64_t num) const {

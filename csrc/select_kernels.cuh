@@ -1,6 +1,6 @@
-// One block a group: distances, the strategy, the cost; everything of a group stays in shared memory. The host has decided
-// the sides and the weights (select_group.h), so both paths use the same bits of them. All costs are rounded as on the CPU
-// (coverage.h), so sums are exact in any order and the same distances give the same choice.
+// One block a group: its sides and weights, distances, the strategy, the cost; everything of a group stays in shared memory.
+// Sides and weights have the bits of select_group.cpp's. All costs are rounded as on the CPU (coverage.h), so sums are exact
+// in any order and the same distances give the same choice.
 //
 // Compile with -fmad=false: a fused multiply-add would round costs differently from the CPU. fmaf is named where wanted.
 #pragma once
@@ -11,30 +11,15 @@
 #include "cuda_block.cuh"
 #include "exact_scale.h"
 #include "gram_kernels.cuh"
+#include "random.h"
 #include "select.h"
-#include "select_plan.h"
+#include "stable_exp.h"
 
 namespace ampo {
 
 constexpr int kMaxChosen = int(kMaxCudaK);
 constexpr int kDims = 32;  // of a point that lie in shared memory at a time
 constexpr int kNothing = -1;
-
-struct GroupArgs {
-  const void* points;  // [n, dim] row-major
-  int64_t dim, k, num_positives;
-  const GroupPlan* plan;    // [num_groups]
-  const int16_t* eligible;  // [n] local indices, ascending
-  const int16_t* client;    // [n]
-  const double* weight;     // [n]
-  const int16_t* given;     // [num_groups, k] facilities (places in `eligible`): the choice, or where a search starts
-  const int64_t* positive;  // [num_groups, num_positives] local, -1 fills
-  DeviceStrategy strategy;
-  int64_t* negative;  // [num_groups, k]
-  double* cost;
-  double* lower_bound;
-  uint8_t* proven;
-};
 
 template <int kSize>
 struct GroupShared {
@@ -55,11 +40,134 @@ struct GroupShared {
   double loss[kMaxChosen];
   double reduced[kThreads];
   int chosen[kMaxChosen], other[kMaxChosen];
-  int16_t eligible[kSize], client[kSize];
-  double weight[kSize];
-  double scale, total, bound;
+  double reward[kSize];     // of a candidate
+  uint64_t ticket[kSize];   // of a candidate: what Group::random_choice draws
+  uint8_t is_valid[kSize], is_ok[kSize], is_positive[kSize], is_eligible[kSize], is_client[kSize];
+  int16_t eligible[kSize], client[kSize];  // local indices, ascending
+  double weight[kSize];                    // of a client
+  double shift, scale, total, bound;
   int num_facilities, num_clients, k, pick;
 };
+
+// --- sides and weights: select_group.cpp, one thread a candidate -----------------------------------------------------------
+
+template <int kSize>
+__device__ bool falls(const GroupShared<kSize>& s, int a, int b) {
+  return s.reward[a] != s.reward[b] ? s.reward[a] > s.reward[b] : a < b;
+}
+
+template <int kSize>
+__device__ bool rises(const GroupShared<kSize>& s, int a, int b) {
+  return s.reward[a] != s.reward[b] ? s.reward[a] < s.reward[b] : a < b;
+}
+
+// How many of the marked candidates come before t.
+template <typename IsBefore>
+__device__ int num_before(const uint8_t* is_marked, int count, int t, IsBefore is_before) {
+  int num = 0;
+  for (int u = 0; u < count; ++u) num += is_marked[u] && is_before(u, t);
+  return num;
+}
+
+__device__ inline int num_marked(const uint8_t* is_marked, int count) {
+  return num_before(is_marked, count, 0, [](int, int) { return true; });
+}
+
+// Who is positive, who may be chosen and who is covered; -> this thread's place among the positives, -1 where it is none.
+template <int kSize>
+__device__ int take_sides(const SelectInput& input, const SelectOptions& options, int64_t begin, int count,
+                          GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  const bool is_mine = t < count;
+  if (is_mine) {
+    s.reward[t] = input.reward[begin + t];
+    s.is_valid[t] = input.valid[begin + t] != 0;
+    s.is_ok[t] = s.is_valid[t] && input.positive_ok[begin + t];
+  }
+  __syncthreads();
+  int place = -1;
+  if (is_mine) {
+    if (s.is_ok[t]) place = num_before(s.is_ok, count, t, [&s](int a, int b) { return falls(s, a, b); });
+    if (place >= options.num_positives) place = -1;
+    s.is_positive[t] = place >= 0;
+  }
+  __syncthreads();
+  if (is_mine) {
+    const bool has_rule = options.tie_tol == options.tie_tol;
+    double last = INFINITY;
+    for (int u = 0; u < count; ++u) last = s.is_positive[u] && s.reward[u] < last ? s.reward[u] : last;
+    s.is_client[t] = s.is_valid[t] && (!s.is_positive[t] || options.cover_positives);
+    s.is_eligible[t] = s.is_valid[t] && !s.is_positive[t] && (!has_rule || s.reward[t] < last - options.tie_tol);
+  }
+  __syncthreads();
+  return place;
+}
+
+// Group::weigh; every thread adds the rewards up in the CPU's order.
+template <int kSize>
+__device__ void weigh(int count, GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  double sum = 0.0, lowest = INFINITY;
+  int num_valid = 0;
+  for (int u = 0; u < count; ++u) {
+    if (!s.is_valid[u]) continue;
+    sum += s.reward[u];
+    lowest = s.reward[u] < lowest ? s.reward[u] : lowest;
+    ++num_valid;
+  }
+  if (t == 0) s.shift = stable_exp(sum / double(num_valid) - lowest);
+  if (t < count && s.is_client[t]) {
+    const int place = num_before(s.is_client, count, t, [](int a, int b) { return a < b; });
+    s.client[place] = int16_t(t);
+    s.weight[place] = stable_exp(lowest - s.reward[t]);
+  }
+}
+
+// The choice of the strategies that need no distances, which is also where a search starts.
+template <int kSize>
+__device__ void choose_without_distances(const SelectInput& input, const SelectOptions& options, int count,
+                                         GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  const bool is_mine = t < count && s.is_eligible[t];
+  const Random random(options.seed, uint64_t(input.keys[blockIdx.x]), kRandomStrategy);
+  if (is_mine) s.ticket[t] = random.bits(uint64_t(t));
+  __syncthreads();
+  if (!is_mine) return;
+  const int place = num_before(s.is_eligible, count, t, [](int a, int b) { return a < b; });
+  s.eligible[place] = int16_t(t);
+  int slot = place;  // where all are chosen
+  if (s.k < s.num_facilities && options.strategy == Strategy::kRandom) {
+    slot = num_before(s.is_eligible, count, t, [&s](int a, int b) {
+      return s.ticket[a] != s.ticket[b] ? s.ticket[a] < s.ticket[b] : a < b;
+    });
+  } else if (s.k < s.num_facilities) {
+    slot = num_before(s.is_eligible, count, t, [&s](int a, int b) { return rises(s, a, b); });
+  }
+  if (slot < s.k) s.chosen[slot] = s.other[slot] = place;
+}
+
+// False where there is no positive or no negative.
+template <int kSize>
+__device__ bool take_group(const SelectInput& input, const SelectOptions& options, const SelectOutput& output, int64_t begin,
+                           int count, GroupShared<kSize>& s) {
+  const int t = threadIdx.x;
+  int64_t* positive = output.positive + int64_t(blockIdx.x) * options.num_positives;
+  for (int64_t p = t; p < options.num_positives; p += kThreads) positive[p] = -1;
+  const int place = take_sides(input, options, begin, count, s);
+  const int num_eligible = num_marked(s.is_eligible, count);
+  if (num_eligible == 0 || num_marked(s.is_positive, count) == 0) return false;
+  if (place >= 0) positive[place] = t;
+  if (t == 0) {
+    s.num_facilities = num_eligible, s.num_clients = num_marked(s.is_client, count);
+    s.k = options.k < num_eligible ? int(options.k) : num_eligible;
+    s.bound = s.k == num_eligible ? INFINITY : 0.0;  // the only choice there is
+  }
+  __syncthreads();
+  weigh(count, s);
+  choose_without_distances(input, options, count, s);
+  __syncthreads();
+  return true;
+}
 
 // --- distances ---------------------------------------------------------------------------------------------------------
 
@@ -349,20 +457,7 @@ __device__ void k_center(GroupShared<kSize>& s, const int64_t* positive, int64_t
 // --- a whole group -----------------------------------------------------------------------------------------------------
 
 template <int kSize>
-__device__ void take_group(const GroupArgs& args, const GroupPlan& plan, GroupShared<kSize>& s) {
-  const int t = threadIdx.x;
-  if (t < plan.num_eligible) s.eligible[t] = args.eligible[plan.begin + t];
-  if (t < plan.num_clients) s.client[t] = args.client[plan.begin + t], s.weight[t] = args.weight[plan.begin + t];
-  if (t < plan.k) s.chosen[t] = s.other[t] = args.given[blockIdx.x * args.k + t];
-  if (t == 0) {
-    s.num_facilities = plan.num_eligible, s.num_clients = plan.num_clients, s.k = plan.k;
-    s.bound = plan.k == plan.num_eligible ? INFINITY : 0.0;  // the only choice there is
-  }
-  __syncthreads();
-}
-
-template <int kSize>
-__device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupShared<kSize>& s) {
+__device__ void write_group(const SelectOptions& options, const SelectOutput& output, GroupShared<kSize>& s) {
   const int t = threadIdx.x;
   if (t < s.num_clients) {
     float nearest = INFINITY;
@@ -374,7 +469,7 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
   if (t < s.k) {  // ascending: a facility's place is how many chosen ones are lower
     int place = 0;
     for (int c = 0; c < s.k; ++c) place += s.chosen[c] < s.chosen[t];
-    args.negative[blockIdx.x * args.k + place] = s.eligible[s.chosen[t]];
+    output.negative[blockIdx.x * options.k + place] = s.eligible[s.chosen[t]];
   }
   if (t != 0) return;
   double cost = 0.0;
@@ -383,32 +478,34 @@ __device__ void write_group(const GroupArgs& args, const GroupPlan& plan, GroupS
     cost += s.first[c];  // in order, as on the CPU
     has_lost |= s.weight[c] == 0.0 && s.value[c] > 0.0;
   }
-  cost = cost == 0.0 ? 0.0 : cost * plan.shift;  // the shift may have overflowed
-  const double bound = s.bound == INFINITY || s.bound == 0.0 ? s.bound : s.bound * plan.shift;
-  args.cost[blockIdx.x] = cost;
-  args.lower_bound[blockIdx.x] = fmin(bound, cost);
-  args.proven[blockIdx.x] = bound >= cost && (s.bound == INFINITY || !has_lost);
+  cost = cost == 0.0 ? 0.0 : cost * s.shift;  // the shift may have overflowed
+  const double bound = s.bound == INFINITY || s.bound == 0.0 ? s.bound : s.bound * s.shift;
+  output.cost[blockIdx.x] = cost;
+  output.lower_bound[blockIdx.x] = fmin(bound, cost);
+  output.proven[blockIdx.x] = bound >= cost && (s.bound == INFINITY || !has_lost);
 }
 
 template <typename Raw, int kSize>
-__global__ void select_group(GroupArgs args) {
+__global__ void select_group(SelectInput input, SelectOptions options, SelectOutput output) {
   AMPO_SHARED(GroupShared<kSize>, s);
-  const GroupPlan plan = args.plan[blockIdx.x];
-  for (int64_t t = plan.k + threadIdx.x; t < args.k; t += kThreads) args.negative[blockIdx.x * args.k + t] = -1;
-  if (plan.k == 0) {
+  const int64_t begin = input.offsets[blockIdx.x], dim = input.points.dim;
+  const int count = int(input.offsets[blockIdx.x + 1] - begin);
+  const bool is_taken = take_group(input, options, output, begin, count, s);
+  const int64_t k = is_taken ? s.k : 0;
+  for (int64_t t = k + threadIdx.x; t < options.k; t += kThreads) output.negative[blockIdx.x * options.k + t] = -1;
+  if (!is_taken) {
     if (threadIdx.x == 0) {
-      args.cost[blockIdx.x] = args.lower_bound[blockIdx.x] = NAN;
-      args.proven[blockIdx.x] = 0;
+      output.cost[blockIdx.x] = output.lower_bound[blockIdx.x] = NAN;
+      output.proven[blockIdx.x] = 0;
     }
     return;
   }
-  take_group(args, plan, s);
-  fill_squared(static_cast<const Raw*>(args.points) + plan.begin * args.dim, plan.count, args.dim, s);
-  if (plan.k < plan.num_eligible && args.strategy == DeviceStrategy::kKCenter) {
-    k_center(s, args.positive + blockIdx.x * args.num_positives, args.num_positives);
+  fill_squared(static_cast<const Raw*>(input.points.data) + begin * dim, count, dim, s);
+  if (k < s.num_facilities && options.strategy == Strategy::kKCenter) {
+    k_center(s, output.positive + blockIdx.x * options.num_positives, options.num_positives);
   }
-  if (plan.k < plan.num_eligible && args.strategy == DeviceStrategy::kOptSelect) opt_select(s);
-  write_group(args, plan, s);
+  if (k < s.num_facilities && options.strategy == Strategy::kOptSelect) opt_select(s);
+  write_group(options, output, s);
 }
 
 }  // namespace ampo

@@ -4,7 +4,6 @@
 #include "kcenter_kernels.cuh"
 #include "pairwise_kernels.cuh"
 #include "select_kernels.cuh"
-#include "select_plan.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -128,12 +127,11 @@ void test_select(const Raw* raw, const Cloud& cloud, const std::vector<int64_t>&
     cost[path].assign(num_groups, -9), bound[path].assign(num_groups, -9), proven[path].assign(num_groups, 9);
   }
   ampo::select_cpu(input, options, {positive[0].data(), negative[0].data(), cost[0].data(), bound[0].data(), proven[0].data()});
-  const ampo::SelectPlan plan(input, options);
-  const ampo::GroupArgs args{raw, cloud.dim, k, num_positives, plan.group.data(), plan.eligible.data(), plan.client.data(),
-                             plan.weight.data(), plan.given.data(), plan.positive.data(), plan.strategy, negative[1].data(),
-                             cost[1].data(), bound[1].data(), proven[1].data()};
-  cuda_on_cpu::launch(unsigned(num_groups), ampo::kThreads, [&] { ampo::select_group<Raw, kSize>(args); });
-  expect(plan.positive == positive[0], "positives", int64_t(strategy));
+  const ampo::SelectOutput on_device{positive[1].data(), negative[1].data(), cost[1].data(), bound[1].data(), proven[1].data()};
+  ampo::SelectInput given = input;
+  given.points.data = raw;
+  cuda_on_cpu::launch(unsigned(num_groups), ampo::kThreads, [&] { ampo::select_group<Raw, kSize>(given, options, on_device); });
+  expect(positive[1] == positive[0], "positives", int64_t(strategy));
   expect(negative[1] == negative[0], "negatives", int64_t(strategy));
   expect(proven[1] == proven[0], "proven", int64_t(strategy));
   for (int64_t g = 0; g < num_groups; ++g) {

@@ -18,6 +18,7 @@
 #include "pairwise.h"
 #include "random.h"
 #include "select.h"
+#include "stable_exp.h"
 
 namespace {
 
@@ -267,7 +268,18 @@ void test_an_error_in_a_region_arrives_behind_it() {
 
 }  // namespace
 
+void test_stable_exp() {
+  for (int64_t step = -55000; step < 52000; ++step) {
+    const double x = 0.0137 * double(step), ours = ampo::stable_exp(x), libm = std::exp(x);
+    const double last_place = std::isinf(libm) ? 0.0 : std::nextafter(libm, INFINITY) - libm;
+    EXPECT(ours == libm || std::abs(ours - libm) <= 2 * last_place);
+  }
+  EXPECT(ampo::stable_exp(0.0) == 1.0 && ampo::stable_exp(INFINITY) == INFINITY && ampo::stable_exp(-INFINITY) == 0.0);
+  EXPECT(std::isnan(ampo::stable_exp(std::nan(""))));
+}
+
 int main() {
+  test_stable_exp();
   test_pairwise();
   test_k_center();
   test_k_medoids();
