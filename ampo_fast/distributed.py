@@ -173,7 +173,7 @@ def on_main(work: Callable[[], T]) -> T:
             result = work()
         except Exception as caught:  # whatever stops rank 0 must stop the others too, with the same words
             error = caught
-    result, told = from_main((result, _portable(error)))
+    result, told = from_main((result, portable(error)))
     if told is not None:
         raise error or told
     return result
@@ -201,12 +201,12 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    told = next((other for other in all_gather(_portable(error), group) if other is not None), None)
+    told = next((other for other in all_gather(portable(error), group) if other is not None), None)
     if told is not None:
         raise error or told
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def portable(error: Exception | None) -> Exception | None:
     """The error as other ranks can receive it: itself, or its name and words where it cannot be pickled and read back."""
     try:
         return pickle.loads(pickle.dumps(error))
@@ -342,6 +342,17 @@ def reshard(module: nn.Module) -> None:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a sharded one (all ranks must ask), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def to_the_end(items: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Walks over items that every rank must walk over: whatever the caller left of them is walked through at the end."""
+    iterator = iter(items)
+    try:
+        yield itertools.chain(iterator)  # which cannot be closed, as a generator is that is left early
+    finally:
+        for _ in iterator:
+            pass
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from ampo_fast import distributed
 from ampo_fast.config import Config
 from ampo_fast.embeddings import Embedder
 from ampo_fast.model import Policy
-from ampo_fast.packing import group_length, pack_responses, token_runs
+from ampo_fast.packing import group_length, idle_batch, pack_responses, token_runs
 from ampo_fast.rewards import RewardFn, score_groups
 from ampo_fast.rollouts.batches import rank_batches, shared_answers
 from ampo_fast.rollouts.protocol import RolloutEngine
@@ -37,8 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Answers held-out prompts at the training temperature with fixed noise, scores them, and measures drift.
 
-    Each rank answers its share; the result is every rank's. policy is whole, not sharded. The start policy is loaded
-    for the comparison and dropped again: it costs memory only here.
+    Each rank answers its share; the result is every rank's. The start policy is loaded for the comparison, sharded as the
+    policy is, and dropped again: it costs memory only here.
     """
     sampling = config.rollout.sampling(config.eval.seed)
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
@@ -68,13 +68,20 @@ def _answers(
 
 
 def response_logp(policy: Policy, groups: Sequence[CandidateGroup], max_tokens: int) -> torch.Tensor:
-    """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order."""
-    if not groups:
-        return torch.empty(0)
+    """Log-prob of every response token at temperature 1, [R] float32 on the CPU, groups in order.
+
+    Of a sharded policy every rank must ask, each for its own groups: who has fewer forwards keeps the others company.
+    """
     whole = [range(len(group.candidates)) for group in groups]
     runs = token_runs([group_length(*each) for each in zip(groups, whole, strict=True)], max_tokens)
+    missing = max(distributed.all_gather(len(runs))) - len(runs) if distributed.is_sharded(policy) else 0
     batches = (pack_responses([groups[i] for i in run], [whole[i] for i in run], policy.device) for run in runs)
-    return torch.cat([policy.token_logp(batch).cpu() for batch in batches])
+    logp = [policy.token_logp(batch).cpu() for batch in batches]
+    for _ in range(missing):
+        policy.token_logp(idle_batch(policy.device))
+    if distributed.is_sharded(policy):
+        distributed.reshard(policy)
+    return torch.cat(logp) if logp else torch.empty(0)
 
 
 def _reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -38,7 +38,7 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import check_scores, make_reward
 from ampo_fast.rollouts.decoding import TransformersEngine
-from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.engines import make_engine, samples_here
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.run_dir import keep_data, open_run_dir, run_closed
@@ -82,12 +82,9 @@ class Trainer:
         if config.optim.activation_checkpointing:
             self.policy.checkpoint_activations()
         self.policy.shard()
-        # What samples, embeds and is measured: the policy itself, or, where it is sharded, a whole copy kept up to date.
-        is_alone = distributed.world_size() == 1
-        self.load_whole = Policy.load if is_alone else Policy.load_replica
-        self.actor = self.policy if is_alone else self.load_whole(config.model)
-        prompts = read_prompts(config, self.actor)
+        prompts = read_prompts(config, self.policy)
         self.sampler, self.eval_prompts = prompts.sampler, prompts.held_out
+        self.actor = Policy.load_replica(config.model) if self._needs_replica() else self.policy
         self.embedder = make_embedder(config, self.actor)
         check_scores(self.sampler.prompts, config.reward.kinds)
         self.reward_fn = make_reward(config, self.embedder)
@@ -128,6 +125,13 @@ class Trainer:
         )  # fmt: skip
         self.replay = ReplayBuffer(config.rollout.replay, config.run.seed, self.rounds.read)
         self.started = time.monotonic() - self.state["wall_s"]
+
+    def _needs_replica(self) -> bool:
+        """Whether the policy is sharded, and something samples or embeds with it for one rank's prompts alone."""
+        config = self.config
+        answers_held_out = config.rollout.engine == "data" and self.eval_prompts
+        needs_whole = samples_here(config) or answers_held_out or config.embed.model == "policy"
+        return bool(needs_whole) and distributed.world_size() > 1
 
     def _segment_writer(self) -> Policy:
         reference = self.updater.reference
@@ -194,7 +198,7 @@ class Trainer:
             self._push(version)
 
     def _push(self, version: int) -> None:
-        """The actor first: another engine is handed its whole tensors, and is checked against it."""
+        """The actor first: another engine is handed its tensors, and is checked against it."""
         for engine, source in ((self.actor_engine, self.policy), (self.engine, self.actor)):
             if engine.version != version:
                 push_weights(source, engine, version)
@@ -245,8 +249,8 @@ class Trainer:
         engine = self.actor_engine if config.rollout.engine == "data" else self.engine
         reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
-            self.actor, engine, self.eval_prompts, reward_fn, self.embedder, config,
-            lambda: self.load_whole(config.model.without_adapter),
+            self.policy, engine, self.eval_prompts, reward_fn, self.embedder, config,
+            lambda: Policy.load(config.model.without_adapter).shard(),
         )  # fmt: skip
 
     def _is_evaluation_due(self) -> bool:

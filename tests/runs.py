@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import tomli_w
 
 from ampo_fast.metrics import read_metrics
+from ampo_fast.vllm.process import free_port
 
 HERE = Path(__file__).parent
 
@@ -51,6 +53,20 @@ def command(config, *more, ranks=None):
 
 def torchrun(ranks):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def two_ranks(code, *argv):
+    """Runs the code in two processes that RANK and MASTER_ADDR tell of each other; -> [(exit status, stderr)]."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1")), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, argv)], env=environment() | shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
 
 
 def comparable(run_dir):

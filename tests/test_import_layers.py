@@ -17,6 +17,7 @@ LEVELS = [
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "attention_flex", "attention_varlen", "lora", "liger", "model", "model_files",
+     "led_policy",
      "unshared", "packing", "embeddings", "rewards", "select", "pareto", "sampler", "optimizer",
      "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",

@@ -18,7 +18,7 @@ from ampo_fast.optimizer import make_optimizer
 from ampo_fast.packing import MicroBatch, pack_responses
 from ampo_fast.trainer import train
 from ampo_fast.update import Updater
-from ampo_fast.weight_sync import named_weights
+from ampo_fast.weight_sync import NamedWeights
 
 pytest.importorskip("peft")
 
@@ -79,7 +79,7 @@ def test_the_reference_is_the_base_without_a_second_copy(tiny_model):
 
 def test_weights_leave_merged_under_the_names_of_the_base(tiny_model):
     policy, plain = adapted(tiny_model), Policy.load(ModelConfig(path=str(tiny_model)))
-    weights = dict(named_weights(policy))
+    weights = dict(NamedWeights(policy))
     assert list(weights) == list(plain.model.state_dict())
     plain.model.load_state_dict(weights)
     torch.testing.assert_close(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from builders import group, prompt
-from runs import HERE, environment, torchrun, workers, write_run
+from runs import HERE, environment, torchrun, two_ranks, workers, write_run
 
 from ampo_fast import distributed
 from ampo_fast.config import load_config
@@ -30,6 +30,7 @@ def write(tmp_path, tiny_model, **options):
     return write_run(
         tmp_path, tiny_model, run={"steps": 3, "timeout_s": 120.0}, optim={"prompts_per_step": 4}, eval={"every": 0},
         rollout={"engine": "vllm-server", "options": options}, checkpoint={"every": 1},
+        embed={"model": "package:all-minilm-l6-v2"},
     )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def test_what_ends_rank_0s_engine_ends_both_ranks_with_its_name(tiny_model, tmp_
     "error", [IncompleteBatch("gone"), HttpError("away", True), SyncError("stale"), OSError(28, "full")]
 )
 def test_our_errors_reach_other_ranks_as_what_they_are(error):
-    received = distributed._portable(error)
+    received = distributed.portable(error)
     assert (type(received), str(received)) == (type(error), str(error))
 
 
@@ -119,9 +120,9 @@ def test_an_error_that_cannot_be_sent_keeps_its_name_and_words():
     class Local(Exception):
         pass
 
-    assert str(distributed._portable(Local("of no module"))) == "Local: of no module"
-    assert pickle.loads(pickle.dumps(distributed._portable(Local("x"))))
-    assert distributed._portable(None) is None
+    assert str(distributed.portable(Local("of no module"))) == "Local: of no module"
+    assert pickle.loads(pickle.dumps(distributed.portable(Local("x"))))
+    assert distributed.portable(None) is None
 
 
 def test_one_rank_gets_all_that_it_answers():
@@ -155,21 +156,12 @@ with distributed.process_group(60):
 
 def test_what_stops_one_rank_stops_the_other_with_the_same_words():
     """As a canary that fails in one rank's own engine."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process.free_port("127.0.0.1")), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGREEING], env=environment() | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        _, err = rank.communicate(timeout=200)
+    for status, err in two_ranks(AGREEING):
         # Not the last line where torch's own threads are still there as the process ends.
         assert any(
             line.endswith("ampo_fast.vllm.canary.SyncError: vllm of rank 1 is stale") for line in err.splitlines()
         )
-        assert rank.returncode != 0
+        assert status != 0
 
 
 def test_a_server_does_not_see_what_torchrun_tells_this_rank(monkeypatch):

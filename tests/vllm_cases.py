@@ -22,7 +22,7 @@ from ampo_fast.vllm.canary import SyncError
 from ampo_fast.vllm.engine import transfer_api
 from ampo_fast.vllm.server import VllmServerEngine
 from ampo_fast.vllm.transfer import ROUTES, make_source
-from ampo_fast.weight_sync import named_weights, push_weights
+from ampo_fast.weight_sync import NamedWeights, push_weights
 
 PROMPTS = [
     Prompt(id=str(i), messages=({"role": "user", "content": text},))
@@ -74,7 +74,7 @@ def sync(model, dtype):
     result["crowd"] = [len(g.candidates) for g in engine.generate(PROMPTS, 100, Sampling(max_new_tokens=2))]
     nudge(policy, 0.1)
     try:
-        engine.load_weights(3, [(name, t) for name, t in named_weights(policy) if "lm_head" not in name])
+        engine.load_weights(3, [(name, t) for name, t in NamedWeights(policy) if "lm_head" not in name])
         result["without_head"] = "accepted"
     except SyncError as error:
         result["without_head"] = str(error)

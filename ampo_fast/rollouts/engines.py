@@ -15,10 +15,15 @@ from ampo_fast.vllm.engine import VllmEngine
 from ampo_fast.vllm.server import VllmServerEngine
 
 
+def samples_here(config: Config) -> bool:
+    """Whether the trainer's own modules write answers: token by token, which a sharded policy cannot."""
+    return config.rollout.engine == "transformers" or bool(config.rollout.segment_tokens)
+
+
 def make_engine(config: Config, policy: Policy, writer: Policy | None = None) -> RolloutEngine:
     """The engine of rollout.engine, for every rank to call; those of vLLM start on first use.
 
-    policy: whole on every rank, and as trained as the weights that the engine is handed.
+    policy: of the weights that the engine is handed; whole on every rank where samples_here.
     writer: writes the segments of rollout.segment_tokens; default: the policy.
     """
     rollout = config.rollout
@@ -35,4 +40,4 @@ def make_engine(config: Config, policy: Policy, writer: Policy | None = None) ->
         return VllmEngine(policy, options, dtype)
     if distributed.world_size() == 1:
         return VllmServerEngine(policy, options, dtype)
-    return MainEngine(lambda: VllmServerEngine(policy, options, dtype))
+    return MainEngine(policy, lambda led: VllmServerEngine(led, options, dtype))

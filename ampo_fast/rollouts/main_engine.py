@@ -7,24 +7,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from ampo_fast import distributed
+from ampo_fast.led_policy import LedPolicy
+from ampo_fast.model import Policy
 from ampo_fast.rollouts.protocol import Keep, RolloutEngine
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
+from ampo_fast.weight_sync import NamedWeights
 
 
 class MainEngine:
-    """make() is called on rank 0 alone; what it and its engine raise when started or handed weights is raised on all."""
+    """make(policy) is called on rank 0 alone; what it and its engine raise when started or handed weights is raised on all."""
 
     answers_singly = True
     answers_for_all = True
 
-    def __init__(self, make: Callable[[], RolloutEngine]) -> None:
+    def __init__(self, policy: Policy, make: Callable[[LedPolicy], RolloutEngine]) -> None:
         self.version = 0
+        self._policy = LedPolicy(policy)
         made: list[RolloutEngine] = []
-        distributed.on_main(lambda: made.append(make()))
+        distributed.on_main(lambda: made.append(make(self._policy)))
         self._own = made[0] if made else None
 
     def start(self) -> None:
-        distributed.on_main(lambda: self._own.start())
+        self._policy.lead(lambda: self._own.start())
 
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
@@ -37,8 +41,8 @@ class MainEngine:
             self._own.rest()
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """named_tensors must be whole on rank 0: the others do not iterate theirs."""
-        distributed.on_main(lambda: self._own.load_weights(version, named_tensors))
+        """named_tensors: the policy's, which rank 0 gathers when its engine wants them, as often as it does."""
+        self._policy.lead(lambda: self._own.load_weights(version, NamedWeights(self._policy)))
         self.version = version
 
     @property

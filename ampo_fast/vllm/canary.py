@@ -74,6 +74,7 @@ class Canary:
 
     def check(self, name: str, fixed_logp: Sequence[float], samples: Sequence[Candidate] = ()) -> None:
         """Raises SyncError, with both values, where replica `name` differs by more than the tolerance or did not change."""
+        trainer_R = self._logp(samples) if samples else None  # first: of a sharded policy it is a forward of all ranks
         engine_R = torch.tensor(fixed_logp, dtype=torch.float32)
         self._compare(name, "a fixed response", engine_R, self._trainer)
         before = self._engine_before.get(name)
@@ -86,9 +87,9 @@ class Canary:
             )
         self._engine[name] = engine_R
         self._worst("sync/logp_change", change)
-        if samples:
+        if trainer_R is not None:
             sampled_R = torch.tensor([value for candidate in samples for value in candidate.logp])
-            self._compare(name, "its own samples", sampled_R, self._logp(samples))
+            self._compare(name, "its own samples", sampled_R, trainer_R)
 
     def is_as_checked(self, name: str, fixed_logp: Sequence[float]) -> bool:
         """Whether replica `name` still scores as it did at its check: no more than what else it computes can move that."""

@@ -25,7 +25,7 @@ from ampo_fast.vllm.requests import (
     read_candidate,
     request_fields,
 )
-from ampo_fast.weight_sync import named_weights
+from ampo_fast.weight_sync import NamedWeights
 
 
 class VllmEngine:
@@ -54,9 +54,8 @@ class VllmEngine:
         if is_new:
             self._start()
         if is_new or self._is_asleep:
-            with distributed.together():
-                self._wake()
-                self._check()
+            self._wake()
+            self._check()
 
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, keep: Keep | None = None
@@ -76,25 +75,27 @@ class VllmEngine:
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self._llm is None:
             self._start()
-        with distributed.together():
-            self._load(named_tensors)
-            self.version = version
-            self._check()
+        self._load(named_tensors)
+        self.version = version
+        self._check()
 
     def _load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Puts the tensors in the engine's place of weights, one at a time, and ends with the engine awake."""
         dtype = getattr(torch, self.dtype)
-        if self._is_asleep:
-            self._llm.wake_up(tags=["weights"])
-        # A tied head is named beside its embedding by the caller: without it vLLM keeps a stale one.
-        weights = ((name, tensor.detach().to(dtype)) for name, tensor in named_tensors)
-        with torch.no_grad():
+        # A rank whose engine fails gathers the rest all the same: the others wait for its shards.
+        with distributed.together(), distributed.to_the_end(named_tensors) as tensors, torch.no_grad():
+            if self._is_asleep:
+                self._llm.wake_up(tags=["weights"])
+            # A tied head is named beside its embedding by the caller: without it vLLM keeps a stale one.
+            weights = ((name, tensor.detach().to(dtype)) for name, tensor in tensors)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self._is_asleep:  # only now: the room for keys and values is not taken while weights are in two places
-            self._llm.wake_up(tags=["kv_cache"])
-            self._is_asleep = False
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept keys and values of the old weights: its prefix cache could not be emptied")
+            if self._is_asleep:  # only now: the room for keys and values is not taken while weights are in two places
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "vLLM kept keys and values of the old weights: its prefix cache could not be emptied"
+                )
 
     def rest(self) -> None:
         """Leaves the GPU's memory to the training, at level 2 with the weights forgotten."""
@@ -105,9 +106,10 @@ class VllmEngine:
     def _wake(self) -> None:
         """The engine as it was; asked again at the version that it slept at, where the policy still is."""
         if self._is_asleep and self.sleep_level == 2:
-            self._load(named_weights(self.policy))
+            self._load(NamedWeights(self.policy))
         elif self._is_asleep:
-            self._llm.wake_up()
+            with distributed.together():
+                self._llm.wake_up()
             self._is_asleep = False
 
     def close(self) -> None:
@@ -144,9 +146,12 @@ class VllmEngine:
     def _check(self) -> None:
         self.canary.renew()
         fields = request_fields(self.policy, "canary", canary.NUM_SAMPLES, canary.SAMPLING)
-        (samples,) = self._complete([self.canary.prompt_ids], [fields])
         name = "vllm" if distributed.world_size() == 1 else f"vllm of rank {distributed.rank()}"
-        self.canary.check(name, self._score(self.canary.prompt_ids, self.canary.response_ids), samples)
+        with distributed.together():
+            (samples,) = self._complete([self.canary.prompt_ids], [fields])
+            fixed_logp = self._score(self.canary.prompt_ids, self.canary.response_ids)
+        with distributed.together():
+            self.canary.check(name, fixed_logp, samples)
 
     def _complete(self, prompts: Sequence[Sequence[int]], fields: Sequence[dict[str, Any]]) -> list[list[Candidate]]:
         """The candidates of each prompt of token ids. Raises BadAnswer."""

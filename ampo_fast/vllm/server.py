@@ -30,7 +30,7 @@ from ampo_fast.vllm.process import ServerDied, make_processes
 from ampo_fast.vllm.replica import Replica
 from ampo_fast.vllm.requests import request_fields
 from ampo_fast.vllm.weight_files import WeightFiles
-from ampo_fast.weight_sync import named_weights
+from ampo_fast.weight_sync import NamedWeights
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +209,8 @@ class VllmServerEngine:
         self.version = version
 
     def _hand_over(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        weights = list(named_tensors)  # the trainer's own: nothing is copied
         for replica in self._usable():
-            self._step(replica, functools.partial(replica.receive, version, weights, self.compute_dtype))
+            self._step(replica, functools.partial(replica.receive, version, named_tensors, self.compute_dtype))
 
     def _hand_over_files(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         before = self._files.write(version, named_tensors)
@@ -284,7 +283,7 @@ class VllmServerEngine:
         if not check:
             return
         if self.options.base_urls:
-            self._sync(self.version, named_weights(self.policy))
+            self._sync(self.version, NamedWeights(self.policy))
             return
         self.canary.renew()
         self._check_all()

@@ -8,7 +8,7 @@ HTTP what to expect. This has been run against stand-ins of both sides only, nev
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ ROUTES = {
     "update": "/update_weights",
     "finish": "/finish_weight_update",
 }
-Weights = Sequence[tuple[str, torch.Tensor]]
+Weights = Iterable[tuple[str, torch.Tensor]]
+"""Can be iterated more than once."""
 
 
 class WeightTransfer:
@@ -103,9 +104,12 @@ def make_source(api: Any, dtype: torch.dtype) -> Any:
         """The newest weights, in vLLM's two channels: what will come, and the tensors, cast one at a time."""
 
         weights: Weights = ()
+        _metadata: list[Any] | None = None
 
         def metadata(self) -> list[Any]:
-            return [api.ParamMeta(name, dtype, tuple(tensor.shape)) for name, tensor in self.weights]
+            if self._metadata is None:  # the same for every version: a sharded policy is gathered once for it
+                self._metadata = [api.ParamMeta(name, dtype, tuple(tensor.shape)) for name, tensor in self.weights]
+            return self._metadata
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((name, tensor.detach().to(dtype)) for name, tensor in self.weights)
