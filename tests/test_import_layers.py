@@ -23,7 +23,7 @@ LEVELS = [
      "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "active_pairs",
      "http_client", "http_reward", "python_reward",
-     "rollouts.batches", "rollouts.decoding", "rollouts.engines", "rollouts.given", "rollouts.lookahead",
+     "rollouts.batches", "rollouts.decoding", "rollouts.engines", "rollouts.few_rows", "rollouts.given", "rollouts.lookahead",
      "rollouts.main_engine", "rollouts.protocol", "rollouts.replay", "rollouts.rounds", "rollouts.sampling",
      "rollouts.segments",
      "vllm.canary", "vllm.engine", "vllm.process", "vllm.replica", "vllm.requests", "vllm.server", "vllm.transfer",

@@ -4,6 +4,7 @@
     engines      which one a config names
     given        the responses that came with the data
     decoding     sampling in this process, with keys and values of its own
+    few_rows     the linear layers of a decoding step on a CPU
     sampling     from logits to tokens
     main_engine  rank 0's engine, as every rank sees it
     segments     SAPO's pairs: a given answer, and the same with a segment written anew

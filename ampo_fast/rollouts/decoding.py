@@ -5,6 +5,7 @@ Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.batches import generation_batches
+from ampo_fast.rollouts.few_rows import weight_first
 from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
@@ -53,11 +55,16 @@ class TransformersEngine(LocalEngine):
         completed: list[list[tuple[list[int], list[float]]]] = [[] for _ in contexts]
         for batch in generation_batches([len(ids) for ids in contexts], n, self.batch_rows):
             uniform_AL = torch.stack([u for i in batch for u in _uniforms(keys[i], n, sampling)])
-            with self.policy.autocast():
+            with self.policy.autocast(), self._fast_layers():
                 rows = self._decode([contexts[i] for i in batch], n, uniform_AL, sampling)
             for at, i in enumerate(batch):
                 completed[i] = rows[at * n : (at + 1) * n]
         return completed
+
+    def _fast_layers(self) -> contextlib.AbstractContextManager:
+        policy = self.policy
+        is_slow = policy.device.type == "cpu" and policy.compute_dtype == torch.float32
+        return weight_first(policy.model) if is_slow else contextlib.nullcontext()
 
     def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
         stopped = ids[-1] in self.policy.stop_ids
