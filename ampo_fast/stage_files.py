@@ -2,9 +2,9 @@
 
 A row: {id, prompt: [messages], prompt_ids, responses: [{content, token_ids, logp, finish_reason, version, reward_raw,
 reward, selected: null | "positive" | "negative"}]}; after selection also cost and skip_reason. logp is per token. Every
-key is always there, null where its stage has not run. Where several scorers judged, a response also has reward_by_scorer,
-their raw rewards in the order of reward.kind; reward_raw is the mean. Numbers are written as repr, so they read back
-exactly; NaN is written as null.
+key is always there, null where its stage has not run. A given response with ratings by name also has scores: {name: number}.
+Where several scorers judged, a response also has reward_by_scorer, their raw rewards in the order of reward.kind; reward_raw
+is the mean. Numbers are written as repr, so they read back exactly; NaN is written as null.
 Shapes: N candidates of a prompt, E embedding, n all candidates of a file.
 """
 
@@ -31,10 +31,10 @@ Row = dict[str, Any]
 
 
 def row_from_group(group: CandidateGroup) -> Row:
-    """Given responses bring their reward along as reward_raw: offline data can then be scored from the file alone."""
+    """Given responses bring their ratings along, as reward_raw and scores: offline data can be scored from the file alone."""
     given = group.prompt.responses
     is_given = [response.content for response in given] == [candidate.content for candidate in group.candidates]
-    rewards = [response.reward for response in given] if is_given else [None] * len(group.candidates)
+    ratings = given if is_given else [None] * len(group.candidates)
     return {
         "id": group.prompt.id,
         "prompt": list(group.prompt.messages),
@@ -46,11 +46,12 @@ def row_from_group(group: CandidateGroup) -> Row:
                 "logp": [_null_if_not_finite(value) for value in candidate.logp],
                 "finish_reason": candidate.finish_reason,
                 "version": candidate.version,
-                "reward_raw": _null_if_not_finite(reward),
+                "reward_raw": _null_if_not_finite(rating.reward) if rating else None,
                 "reward": None,
                 "selected": None,
             }
-            for candidate, reward in zip(group.candidates, rewards, strict=True)
+            | ({"scores": dict(rating.scores)} if rating and rating.scores else {})
+            for candidate, rating in zip(group.candidates, ratings, strict=True)
         ],
     }
 

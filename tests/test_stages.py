@@ -217,7 +217,11 @@ def test_offline_data_keeps_its_rewards_from_file_to_file(tmp_path, monkeypatch)
     policy = SimpleNamespace(encode_prompt=encode_prompt, encode_response=lambda text: (*range(len(text)), 9))
     use_policy(monkeypatch, policy)  # the engine and the reward are the real ones
     rewards = {"good": 7.0, "bad": -1.5, "?": None}
-    responses = [{"content": content, "reward": reward} for content, reward in rewards.items()]
+    scores = [{"help": 4.0, "humour": None}, {"help": 2.0}, {"help": 1.0}]
+    responses = [
+        {"content": content, "reward": reward, "scores": by_name}
+        for (content, reward), by_name in zip(rewards.items(), scores, strict=True)
+    ]
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"id": "a", "prompt": "Why?", "responses": responses}) + "\n")
     config = make_config(rollout={"engine": "data"}, reward={"kind": "data", "max_missing_share": 0.5})
@@ -226,6 +230,10 @@ def test_offline_data_keeps_its_rewards_from_file_to_file(tmp_path, monkeypatch)
     (row,) = read_rows(tmp_path / "s.jsonl")
     assert [r["reward_raw"] for r in row["responses"]] == [7.0, -1.5, None]
     assert [r["reward"] for r in row["responses"]] == [1.0, 0.0, None]
+    assert [r["scores"] for r in row["responses"]] == scores
+    one_score = make_config(rollout={"engine": "data"}, reward={"kind": "data:help"})
+    stages.score(one_score, tmp_path / "g.jsonl", tmp_path / "h.jsonl")
+    assert [r["reward_raw"] for r in read_rows(tmp_path / "h.jsonl")[0]["responses"]] == [4.0, 2.0, 1.0]
 
 
 def test_a_data_file_is_scored_embedded_selected_and_drawn_without_a_model(tmp_path, monkeypatch):
