@@ -148,6 +148,8 @@ class Trainer:
         ):
             if self.eval_prompts and self.step == 0:
                 self._evaluate("before")
+            elif self._is_evaluation_due() and not distributed.on_main(self._is_evaluated):
+                self._evaluate_on_the_way()  # which a signal had left out
             stopped, signal = self._why_stop(), None
             while self.step < config.run.steps and not (stopped or signal):
                 self._train_one_step()
@@ -350,9 +352,13 @@ class Trainer:
         write_report(self.run_dir)
         return summary
 
+    def _is_evaluated(self) -> bool:
+        """Whether the policy at this step is measured."""
+        return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
+
     def _has_last_evaluation(self) -> bool:
         """Whether eval/after.jsonl is of this step; an evaluation on the way that stopped the run becomes it."""
-        if not any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path)):
+        if not self._is_evaluated():
             return False
         folder = self.run_dir / "eval"
         on_the_way = folder / f"{self._evaluation_name()}.jsonl"

@@ -1,6 +1,7 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.metrics import read_metrics
 from ampo_fast.preview import dry_run
 from ampo_fast.trainer import Trainer, train
+from ampo_fast.update import Updater
 
 WHOLE = [
     "config.json",
@@ -139,6 +141,27 @@ def test_sigterm_saves_and_leaves_cleanly(finished, tiny_model, tmp_path):
     argv, env = command(config, "--resume", "auto")
     assert subprocess.run(argv, env=env, capture_output=True, check=False).returncode == 0
     assert comparable(run_dir) == comparable(finished[1])
+
+
+def test_an_evaluation_that_a_signal_left_out_is_made_up_for(finished, tiny_model, tmp_path, monkeypatch):
+    config = load_config(str(write_run(tmp_path, tiny_model)))
+    train_step = Updater.step
+
+    def signalled(self, selected, step, *more):
+        if step == 2:  # an evaluation is due after it
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, selected, step, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Updater, "step", signalled)
+        assert train(config) == {"run_dir": str(config.run_dir), "steps": 3, "stopped": "SIGTERM"}
+    train(config, resume=True)
+    made, wanted = (
+        {row["step"]: row["eval/reward"] for row in comparable(run_dir) if "eval/reward" in row}
+        for run_dir in (config.run_dir, finished[1])
+    )
+    assert made == pytest.approx(wanted, rel=1e-3)  # this process may have more threads
+    assert (config.run_dir / "eval/step_000003.jsonl").is_file()
 
 
 @pytest.mark.parametrize(
