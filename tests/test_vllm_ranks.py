@@ -164,6 +164,55 @@ def test_what_stops_one_rank_stops_the_other_with_the_same_words():
         assert status != 0
 
 
+ENGINES = """
+import sys
+from types import SimpleNamespace
+import torch
+from ampo_fast import distributed
+from ampo_fast.config import ModelConfig
+from ampo_fast.engine_config import VllmConfig
+from ampo_fast.model import Policy
+from ampo_fast.vllm import engine
+from ampo_fast.weight_sync import push_weights
+from test_vllm_sleep import SleepyLLM
+
+class Breaking(SleepyLLM):
+    breaks = False
+    def collective_rpc(self, method, kwargs):
+        if self.breaks:
+            next(kwargs["weights_iterator"])
+            raise OSError("no room on rank 1")
+        super().collective_rpc(method, kwargs)
+
+llm = Breaking(sys.argv[1], enable_sleep_mode=False)  # before the group: it reads its model by itself
+engine._import_vllm = lambda: SimpleNamespace(
+    LLM=lambda **given: llm, SamplingParams=lambda **fields: fields, TokensPrompt=lambda prompt_token_ids: prompt_token_ids
+)
+with distributed.process_group(60):
+    policy = Policy.load(ModelConfig(path=sys.argv[1])).shard()
+    own = engine.VllmEngine(policy, VllmConfig(), "float32")
+    own.start()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.01)
+    llm.breaks = distributed.rank() == 1
+    try:
+        push_weights(policy, own, 1)
+    except OSError as error:
+        assert str(error) == "no room on rank 1"
+    else:
+        raise AssertionError("rank 1's engine broke unnoticed")
+    llm.breaks = False
+    push_weights(policy, own, 1)
+    assert own.sync_metrics["sync/logp_difference"] < 1e-3 < own.sync_metrics["sync/logp_change"]
+"""
+
+
+def test_an_engine_that_breaks_in_the_middle_of_the_weights_stops_both_ranks_and_they_can_go_on(tiny_model):
+    for status, err in two_ranks(ENGINES, tiny_model):
+        assert status == 0, err[-3000:]
+
+
 def test_a_server_does_not_see_what_torchrun_tells_this_rank(monkeypatch):
     told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
