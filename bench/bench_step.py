@@ -346,15 +346,7 @@ def main() -> None:
     packages = ("torch", "transformers") + (("trl",) if "trl" in parts else ())
     context = rows.context(*packages)
     found: dict[str, float] = {}
-    if "shared" in parts:
-        table, ratios = measure_shared(options.shapes, options.repeats, context)
-        rows.append(options.csv, table)
-        found |= ratios
-    if "trl" in parts:
-        table, ratios = measure_trl(options.trl_steps, context)
-        rows.append(options.csv, table)
-        found |= ratios
-    if "memory" in parts:
+    if "memory" in parts:  # first: its processes need the memory that this one keeps after the others
         table, ratios = measure_memory(context, importlib.util.find_spec("trl") is not None)
         rows.append(options.csv, table)
         found |= ratios
@@ -362,6 +354,14 @@ def main() -> None:
         table, errors = measure_ranks(context)
         rows.append(options.csv, table)
         found |= errors
+    if "trl" in parts:
+        table, ratios = measure_trl(options.trl_steps, context)
+        rows.append(options.csv, table)
+        found |= ratios
+    if "shared" in parts:
+        table, ratios = measure_shared(options.shapes, options.repeats, context)
+        rows.append(options.csv, table)
+        found |= ratios
     print(json.dumps(found))
     return None
 
