@@ -82,7 +82,8 @@ def test_cuda_chooses_as_the_cpu_from_exact_distances(strategy, dtype):
     offsets = torch.tensor([0, 0, 1, 3, 35, 67, 84])
     points = torch.randint(-2, 3, (84, 40), generator=g).to(dtype)
     rewards = torch.randint(0, 5, (84,), generator=g) / 4
-    arguments = {"k": 5, "strategy": strategy, "group_offsets": offsets}
+    arguments = {"k": 5, "strategy": strategy, "group_offsets": offsets, "positives": 2, "tie_tol": 0.1}
+    arguments |= {name: torch.rand(84, generator=g) < 0.9 for name in ("valid", "positive_ok")}
     cpu = select_responses(points, rewards, **arguments)
     cuda = select_responses(points.cuda(), rewards.cuda(), **arguments, impl="cuda")
     for ours, theirs in zip(cuda, cpu, strict=True):
