@@ -36,6 +36,16 @@ def paired_summary(
     }
 
 
+def print_completions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], file: Any) -> None:
+    """The first held-out prompts before and after, one above the other."""
+    for old, new in list(zip(before, after, strict=True))[:6]:
+        print(f"\n{old['prompt'][-1]['content']}", file=file)
+        for name, row in (("before", old), ("after", new)):
+            response = row["responses"][0]
+            reward = "none" if response["reward_raw"] is None else f"{response['reward_raw']:.2f}"
+            print(f"  {name:>6} [{reward}] {response['content']!r}", file=file)
+
+
 def prompt_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Prompt id -> mean raw reward of its scored samples, in file order; left out without any."""
     means: dict[str, float] = {}

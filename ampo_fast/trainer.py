@@ -29,7 +29,7 @@ from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.evaluation import Evaluation, evaluate
-from ampo_fast.evaluation_summary import paired_summary
+from ampo_fast.evaluation_summary import paired_summary, print_completions
 from ampo_fast.files import write_json
 from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy, export
@@ -391,13 +391,3 @@ class Trainer:
 
 def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def print_completions(before: Sequence[dict], after: Sequence[dict], file: Any) -> None:
-    """The first held-out prompts before and after, one above the other."""
-    for old, new in list(zip(before, after, strict=True))[:6]:
-        print(f"\n{old['prompt'][-1]['content']}", file=file)
-        for name, row in (("before", old), ("after", new)):
-            response = row["responses"][0]
-            reward = "none" if response["reward_raw"] is None else f"{response['reward_raw']:.2f}"
-            print(f"  {name:>6} [{reward}] {response['content']!r}", file=file)
