@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from ampo_fast import attention, distributed, liger, lora, unshared
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
-from ampo_fast.files import apply_umask
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.logprobs import linear_logprob
 from ampo_fast.model_files import empty_model, read_model, read_tokenizer, stop_ids
@@ -116,8 +114,8 @@ class Policy(nn.Module):
         return self
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of everything by its name in the base model's files, an adapter merged into what it adapts;
-        one at a time, and all ranks must iterate to the end."""
+        """(name, whole tensor) of everything by the base model's names, an adapter merged into what it adapts; one at a time,
+        and all ranks must iterate to the end."""
         if self.lora:
             return lora.base_tensors(self.model, is_merged=True)
         return distributed.whole_tensors(self.model)
@@ -311,33 +309,3 @@ def attention_implementation(model: Any, name: str):
         yield
     finally:
         config._attn_implementation = before
-
-
-def export(policy: Policy, directory: Path) -> None:
-    """Writes a HuggingFace model directory in float32, loads it again and compares every tensor bit for bit. A LoRA adapter
-    is merged into it, and beside that written as adapter/.
-
-    Every rank must call it: rank 0 writes, while the shards reach it one tensor at a time. Raises RuntimeError when what was
-    read back differs.
-    """
-    state = {name: tensor.to("cpu", torch.float32) for name, tensor in policy.whole_tensors() if distributed.is_main()}
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
-        if name in state:  # a tied head is one tensor under two names, or it would be written twice
-            state[name] = state[first.setdefault(parameter, name)]
-    distributed.on_main(lambda: _write_and_compare(policy, directory, state))
-    if policy.lora:
-        lora.save_adapter(policy.model, policy.lora, policy.source, directory / "adapter")
-
-
-def _write_and_compare(policy: Policy, directory: Path, state: dict[str, torch.Tensor]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with attention_implementation(policy.model, "sdpa"):
-        policy.model.save_pretrained(directory, state_dict=state)
-    policy.tokenizer.save_pretrained(directory)
-    apply_umask(*directory.glob("*.safetensors"))
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
-    wrong = [name for name, tensor in state.items() if not torch.equal(tensor, reloaded[name])]
-    if wrong:
-        raise RuntimeError(f"the model exported to {directory} reads back different: {', '.join(wrong[:5])}")

@@ -30,9 +30,10 @@ from ampo_fast.config import Config
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary, print_completions
+from ampo_fast.export import export
 from ampo_fast.files import write_json
 from ampo_fast.metrics import MetricsLog, read_metrics
-from ampo_fast.model import Policy, export
+from ampo_fast.model import Policy
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 
-from ampo_fast.led_policy import LedPolicy
 from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.protocol import RolloutEngine
 
@@ -18,19 +18,12 @@ def push_weights(policy: Policy, engine: RolloutEngine, version: int) -> int:
     (An engine that receives only the embedding keeps a stale head.) Every rank must call it: a sharded policy is gathered
     on the way. Where the engine shares the policy's module nothing is copied.
     """
-    is_shared = isinstance(engine, TransformersEngine) and engine.policy is policy
-    engine.load_weights(version, () if is_shared else NamedWeights(policy))
+    engine.load_weights(version, _as_taken_by(engine, policy))
     return engine.version
 
 
-class NamedWeights:
-    """A policy's tensors by their names in the base model's files; a tied head has its own, an adapter is merged.
-
-    Can be iterated as often as needed; each time is one of all ranks and gathers a sharded policy anew, tensor by tensor.
-    """
-
-    def __init__(self, policy: Policy | LedPolicy) -> None:
-        self._policy = policy
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._policy.whole_tensors()
+def _as_taken_by(engine: RolloutEngine, policy: Policy) -> Iterable[tuple[str, torch.Tensor]]:
+    """A replica in this process has the module's own names; any other engine knows those of its files."""
+    if not isinstance(engine, TransformersEngine):
+        return NamedWeights(policy)
+    return () if engine.policy is policy else policy.whole_tensors()

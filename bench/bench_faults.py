@@ -219,8 +219,8 @@ def set_trap(what: str, step: int, arrive: Callable[[], None]) -> None:
     """Makes this process stop for its killer when it comes to the place."""
     if what.startswith("sampling"):
         call = 2 if what == "sampling" else 1  # one batch is written down and not sampled again after the first kill
-        trap(TransformersEngine, "generate", arrive, lambda _, prompts, n, sampling: (sampling.seed, sampling.step) == (0, step),
-             call=call)  # fmt: skip
+        trap(TransformersEngine, "generate", arrive,
+             lambda _, prompts, n, sampling, *kept: (sampling.seed, sampling.step) == (0, step), call=call)  # fmt: skip
     elif what == "updated":
         trap(trainer.Trainer, "_save", arrive, lambda self: self.step == step)
     else:

@@ -17,9 +17,8 @@ LEVELS = [
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
     {"data", "attention", "attention_flex", "attention_varlen", "lora", "liger", "model", "model_files",
-     "led_policy",
-     "unshared", "packing", "embeddings", "rewards", "select", "pareto", "sampler", "optimizer",
-     "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
+     "led_policy", "named_weights", "export", "unshared", "packing", "embeddings", "rewards", "select", "pareto", "sampler",
+     "optimizer", "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "active_pairs",
      "http_client", "http_reward", "python_reward",
@@ -140,7 +139,8 @@ def test_heavy_imports_live_in_few_modules():
             }:
                 users.setdefault(root, set()).add(name)
     assert users["transformers"] == {
-        "assets", "attention", "embeddings", "model", "model_files", "reward_model.model", "rollouts.decoding",
+        "assets", "attention", "embeddings", "export", "model_files", "named_weights", "reward_model.model",
+        "rollouts.decoding",
     }  # fmt: skip
     assert users["datasets"] == {"data"}
     assert users["vllm"] == {"vllm.engine"}

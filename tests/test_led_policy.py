@@ -18,7 +18,7 @@ from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.led_policy import LedPolicy
 from ampo_fast.model import Policy
-from ampo_fast.weight_sync import NamedWeights
+from ampo_fast.named_weights import NamedWeights
 
 MODEL, OUT = sys.argv[1:]
 GROUPS = [group(["tea", "a long answer", "sun"])]

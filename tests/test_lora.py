@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from ampo_fast.checkpoint import load_checkpoint, save_checkpoint
 from ampo_fast.config import ModelConfig, OptimConfig, build_config, load_config
 from ampo_fast.evaluation import response_logp
+from ampo_fast.export import export
 from ampo_fast.lora import base_hash, is_adapter
-from ampo_fast.model import Policy, export
+from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.optimizer import make_optimizer
 from ampo_fast.packing import MicroBatch, pack_responses
 from ampo_fast.trainer import train
 from ampo_fast.update import Updater
-from ampo_fast.weight_sync import NamedWeights
 
 pytest.importorskip("peft")
 

@@ -16,13 +16,14 @@ from ampo_fast.config import build_config
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.types import Prompt, Sampling
 from ampo_fast.vllm.canary import SyncError
 from ampo_fast.vllm.engine import transfer_api
 from ampo_fast.vllm.server import VllmServerEngine
 from ampo_fast.vllm.transfer import ROUTES, make_source
-from ampo_fast.weight_sync import NamedWeights, push_weights
+from ampo_fast.weight_sync import push_weights
 
 PROMPTS = [
     Prompt(id=str(i), messages=({"role": "user", "content": text},))

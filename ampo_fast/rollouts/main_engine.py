@@ -9,9 +9,9 @@ import torch
 from ampo_fast import distributed
 from ampo_fast.led_policy import LedPolicy
 from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.rollouts.protocol import Keep, RolloutEngine
 from ampo_fast.types import CandidateGroup, Prompt, Sampling
-from ampo_fast.weight_sync import NamedWeights
 
 
 class MainEngine:

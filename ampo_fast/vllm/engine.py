@@ -12,6 +12,7 @@ import torch
 from ampo_fast import distributed
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.rollouts.protocol import Keep
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
@@ -25,7 +26,6 @@ from ampo_fast.vllm.requests import (
     read_candidate,
     request_fields,
 )
-from ampo_fast.weight_sync import NamedWeights
 
 
 class VllmEngine:

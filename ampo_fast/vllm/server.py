@@ -22,6 +22,7 @@ import torch
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
 from ampo_fast.model import Policy
+from ampo_fast.named_weights import NamedWeights
 from ampo_fast.rollouts.protocol import IncompleteBatch, Keep
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 from ampo_fast.vllm import canary
@@ -30,7 +31,6 @@ from ampo_fast.vllm.process import ServerDied, make_processes
 from ampo_fast.vllm.replica import Replica
 from ampo_fast.vllm.requests import request_fields
 from ampo_fast.vllm.weight_files import WeightFiles
-from ampo_fast.weight_sync import NamedWeights
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from ampo_fast.files import save_tensors
+from ampo_fast.named_weights import pieces
 
 _FILE_BYTES = 1 << 30
 _REMOVE_AT_END = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
@@ -36,7 +37,7 @@ class WeightFiles:
         """
         folder = self._make_folder() / f"version_{version:06d}"
         folder.mkdir(exist_ok=True)
-        for number, tensors in enumerate(_pieces(named_tensors, self.dtype), start=1):
+        for number, tensors in enumerate(pieces(named_tensors, self.dtype, _FILE_BYTES), start=1):
             save_tensors(folder / f"model-{number:05d}.safetensors", tensors)
         before, self.newest = self.newest, folder
         return before if before != folder else None
@@ -57,15 +58,3 @@ class WeightFiles:
                 stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         return self._folder
-
-
-def _pieces(named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies in host memory, as many at a time as make up one file (one at least)."""
-    piece: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors:
-        piece[name] = tensor.to(dtype, copy=True).cpu()
-        if sum(copy.nbytes for copy in piece.values()) >= _FILE_BYTES:
-            yield piece
-            piece = {}
-    if piece:
-        yield piece
