@@ -31,6 +31,9 @@ def select(
     seed: int,
     time_limit_s: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]: ...
+def few_rows(
+    x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]: ...
 
 # Only where has_cuda: device addresses and a stream as integers.
 def pairwise_cuda(
@@ -56,12 +59,13 @@ def k_center_cuda(
 def select_cuda(
     pointer: int,
     is_bfloat16: bool,
+    count: int,
     dim: int,
-    reward: NDArray[np.float64],
-    valid: NDArray[np.bool_],
-    positive_ok: NDArray[np.bool_],
+    reward_pointer: int,
+    valid_pointer: int,
+    positive_ok_pointer: int,
     offsets: NDArray[np.int64],
-    keys: NDArray[np.int64],
+    keys_pointer: int,
     strategy: int,
     k: int,
     num_positives: int,

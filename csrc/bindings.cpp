@@ -6,15 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "check.h"
-#include "distance_kernels.h"
+#include "few_rows.h"
 #include "kcenter.h"
 #include "kmedoids.h"
 #include "pairwise.h"
 #include "select.h"
+#include "simd.h"
 
 namespace py = pybind11;
 
@@ -128,6 +130,21 @@ py::tuple select_groups(const py::array& points, const Array<double>& reward, co
   return py::make_tuple(positive, negative, cost, lower_bound, proven);
 }
 
+using Floats = py::array_t<float, py::array::c_style>;  // never converted: a weight would be copied at every call
+
+Floats few_rows(const Floats& x, const Floats& weight, const std::optional<Floats>& bias) {
+  AMPO_CHECK(x.ndim() == 2 && weight.ndim() == 2 && x.shape(1) == weight.shape(1), "x must be [rows, dim], weight [outputs, dim]");
+  const int64_t num_rows = x.shape(0), num_outputs = weight.shape(0), dim = x.shape(1);
+  AMPO_CHECK(!bias || bias->size() == num_outputs, "bias must have one entry an output");
+  Floats out({num_rows, num_outputs});
+  float* target = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    ampo::few_rows_cpu(x.data(), num_rows, weight.data(), bias ? bias->data() : nullptr, num_outputs, dim, target);
+  }
+  return out;
+}
+
 #ifdef AMPO_HAS_CUDA
 // The arguments ending in _pointer and `stream` are addresses: torch's data_ptr() and cuda_stream.
 template <typename T>
@@ -195,6 +212,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("offsets"), py::arg("keys"), py::arg("strategy"), py::arg("k"), py::arg("num_positives"),
         py::arg("cover_positives"), py::arg("tie_tol"), py::arg("seed"), py::arg("time_limit_s"),
         "-> (positive [B, P], negative [B, k], cost [B], lower_bound [B], proven [B]); strategies in select.h's order.");
+  m.def("few_rows", &few_rows, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert() = py::none(),
+        "x [rows, dim] times weight [outputs, dim] transposed, plus bias [outputs] -> [rows, outputs], float32.");
   m.attr("max_cuda_group") = ampo::kMaxCudaGroup;
   m.attr("max_cuda_k") = ampo::kMaxCudaK;
   m.attr("max_cuda_pool_dim") = ampo::kMaxPoolDim;

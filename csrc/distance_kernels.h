@@ -16,12 +16,9 @@ constexpr int kMaxCols = 4;
 template <typename T>
 using SquaredBlock = void (*)(const T* const* rows, int num_rows, const T* const* cols, int num_cols, int64_t dim, T* out);
 
-// The widest kernel that this machine runs, chosen once: AVX-512, AVX2 + FMA, or plain C++.
+// The widest kernel that this machine runs (simd.h).
 template <typename T>
 SquaredBlock<T> squared_block();
-
-// "avx512", "avx2" or "plain"
-const char* vector_path();
 
 // out[j] = ||row - others[j]||^2, j < count
 template <typename T>

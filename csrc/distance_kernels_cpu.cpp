@@ -1,24 +1,13 @@
 #include "distance_kernels.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define AMPO_X86 1
-#endif
-#define AMPO_INLINE inline __attribute__((always_inline))
+#include "simd.h"
 
 namespace ampo {
 namespace {
 
-template <typename T, int kBytes>
-struct Vector {
-  typedef T Type __attribute__((vector_size(kBytes)));
-  static constexpr int kLanes = kBytes / int(sizeof(T));
-};
-
-// Compiler vectors, not intrinsics: one text for every instruction set; the caller's target attribute decides.
 template <typename T, int kBytes, int kRows, int kCols>
 AMPO_INLINE void block(const T* const* rows, const T* const* cols, int64_t dim, T* out) {
   using V = typename Vector<T, kBytes>::Type;
@@ -88,39 +77,15 @@ __attribute__((target("avx512f,fma"))) void avx512(const T* const* rows, int num
 }
 #endif
 
-enum class Path { kPlain, kAvx2, kAvx512 };
-
-Path detect() {
-#ifdef AMPO_X86
-  // AMPO_FAST_SIMD=plain|avx2 narrows the choice: to test the other paths, and to compare results between machines.
-  const char* wanted = std::getenv("AMPO_FAST_SIMD");
-  const bool is_plain = wanted && !std::strcmp(wanted, "plain"), is_avx2 = wanted && !std::strcmp(wanted, "avx2");
-  if (is_plain) return Path::kPlain;
-  __builtin_cpu_init();
-  if (!is_avx2 && __builtin_cpu_supports("avx512f")) return Path::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Path::kAvx2;
-#endif
-  return Path::kPlain;
-}
-
-Path path() {
-  static const Path chosen = detect();
-  return chosen;
-}
-
 }  // namespace
 
 template <typename T>
 SquaredBlock<T> squared_block() {
 #ifdef AMPO_X86
-  if (path() == Path::kAvx512) return avx512<T>;
-  if (path() == Path::kAvx2) return avx2<T>;
+  if (simd() == Simd::kAvx512) return avx512<T>;
+  if (simd() == Simd::kAvx2) return avx2<T>;
 #endif
   return plain<T>;
-}
-
-const char* vector_path() {
-  return path() == Path::kAvx512 ? "avx512" : path() == Path::kAvx2 ? "avx2" : "plain";
 }
 
 template <typename T>

@@ -14,7 +14,7 @@ import torch
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.batches import generation_batches
-from ampo_fast.rollouts.few_rows import weight_first
+from ampo_fast.rollouts.few_rows import fast_few_rows
 from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
@@ -64,7 +64,7 @@ class TransformersEngine(LocalEngine):
     def _fast_layers(self) -> contextlib.AbstractContextManager:
         policy = self.policy
         is_slow = policy.device.type == "cpu" and policy.compute_dtype == torch.float32
-        return weight_first(policy.model) if is_slow else contextlib.nullcontext()
+        return fast_few_rows(policy.model) if is_slow else contextlib.nullcontext()
 
     def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
         stopped = ids[-1] in self.policy.stop_ids

@@ -10,7 +10,7 @@
 #include <set>
 #include <vector>
 
-#include "distance_kernels.h"
+#include "few_rows.h"
 #include "first_error.h"
 #include "kcenter.h"
 #include "kmeans.h"
@@ -18,6 +18,7 @@
 #include "pairwise.h"
 #include "random.h"
 #include "select.h"
+#include "simd.h"
 #include "stable_exp.h"
 
 namespace {
@@ -278,8 +279,35 @@ void test_stable_exp() {
   EXPECT(std::isnan(ampo::stable_exp(std::nan(""))));
 }
 
+void test_few_rows() {
+  for (const int64_t num_rows : {0, 1, 5, 8, 9, 17, 24, 25, 32, 33, 49, 65}) {
+    for (const int64_t num_outputs : {0, 1, 11, 24, 61}) {
+      for (const int64_t dim : {0, 1, 7, 16, 35}) {
+        // Quarters and halves of small integers: every sum is exact, in any order.
+        std::vector<float> x(num_rows * dim), weight(num_outputs * dim), bias(num_outputs), out(num_rows * num_outputs, NAN);
+        for (size_t i = 0; i < x.size(); ++i) x[i] = 0.25f * float(int(i * 7 % 23) - 11);
+        for (size_t i = 0; i < weight.size(); ++i) weight[i] = 0.5f * float(int(i * 5 % 19) - 9);
+        for (size_t i = 0; i < bias.size(); ++i) bias[i] = float(i);
+        for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(bias.data())}) {
+          ampo::few_rows_cpu(x.data(), num_rows, weight.data(), added, num_outputs, dim, out.data());
+          bool is_right = true;
+          for (int64_t r = 0; r < num_rows; ++r) {
+            for (int64_t n = 0; n < num_outputs; ++n) {
+              float sum = added ? added[n] : 0.0f;
+              for (int64_t d = 0; d < dim; ++d) sum += x[r * dim + d] * weight[n * dim + d];
+              is_right = is_right && out[r * num_outputs + n] == sum;
+            }
+          }
+          EXPECT(is_right);
+        }
+      }
+    }
+  }
+}
+
 int main() {
   test_stable_exp();
+  test_few_rows();
   test_pairwise();
   test_k_center();
   test_k_medoids();
