@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
+from ampo_fast import distributed
 from ampo_fast.model import Policy
-from ampo_fast.packing import pack_responses
+from ampo_fast.packing import idle_batch, pack_responses
 from ampo_fast.rollouts.given import DataEngine
 from ampo_fast.types import Prompt, Sampling
 
@@ -51,7 +52,8 @@ def d_optimal(v_nD: torch.Tensor, count: int, ridge: float = RIDGE) -> list[int]
 def choose_pairs(policy: Policy, pairs: Sequence[Prompt], count: int, max_new_tokens: int) -> list[Prompt]:
     """`count` of the pairs by d_optimal, in their own order; all of them where there are no more.
 
-    Raises ValueError for a prompt that has not exactly two responses.
+    Every rank must call it, and runs its share of the pairs. Raises ValueError for a prompt that has not exactly two
+    responses.
     """
     wrong = [pair.id for pair in pairs if len(pair.responses) != 2]
     if wrong:
@@ -59,15 +61,26 @@ def choose_pairs(policy: Policy, pairs: Sequence[Prompt], count: int, max_new_to
     if count >= len(pairs):
         log.warning("data.active_pairs = %d, but there are only %d pairs: all are used", count, len(pairs))
         return list(pairs)
-    differences_nD = torch.stack([_difference(policy, pair, max_new_tokens) for pair in pairs])
-    return [pairs[i] for i in sorted(d_optimal(0.5 * differences_nD, count))]
+    differences_nD = _differences(policy, pairs, max_new_tokens)
+    return [pairs[i] for i in sorted(distributed.on_main(lambda: d_optimal(0.5 * differences_nD, count)))]
 
 
-@torch.no_grad()
+def _differences(policy: Policy, pairs: Sequence[Prompt], max_new_tokens: int) -> torch.Tensor:
+    """_difference of every pair, [n, D]: rank r has run the pairs r, r + ranks, ..."""
+    ranks = distributed.world_size()
+    mine = [_difference(policy, pair, max_new_tokens) for pair in pairs[distributed.rank() :: ranks]]
+    if distributed.rank() >= len(pairs) % ranks > 0:  # its share is one shorter than the others'
+        policy.response_states(idle_batch(policy.device))
+    if distributed.is_sharded(policy):
+        distributed.reshard(policy)
+    shares = distributed.all_gather(mine)
+    return torch.stack([shares[i % ranks][i // ranks] for i in range(len(pairs))])
+
+
 def _difference(policy: Policy, pair: Prompt, max_new_tokens: int) -> torch.Tensor:
     """phi(x, y1) - phi(x, y2), [D] on the CPU: phi is the last hidden state over the response, averaged, of unit length."""
     (group,) = DataEngine(policy).generate([pair], 2, Sampling(max_new_tokens=max_new_tokens))
     batch = pack_responses([group], [range(2)], policy.device)
-    hidden_RD = policy.hidden_rows(batch).double().cpu()
+    hidden_RD = policy.response_states(batch).double().cpu()
     first, second = hidden_RD.split(batch.response_offsets.diff().tolist())
     return normalize(first.mean(0), dim=0) - normalize(second.mean(0), dim=0)

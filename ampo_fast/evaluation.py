@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ def evaluate(
     engine.rest()
     own_scored = score_groups(own_groups, reward_fn, embedder, config)
     own_logp = [response_logp(each, own_groups, config.optim.micro_batch_tokens) for each in (policy, load_start())]
+    if distributed.is_sharded(policy):
+        gc.collect()  # a sharded module is part of a cycle, and nothing else would free the start policy's shards soon
     parts = distributed.all_gather((mine, own_scored, own_logp))
     by_index = {i: group for indices, scored, _ in parts for i, group in zip(indices, scored, strict=True)}
     scored = [by_index[i] for i in range(len(prompts))]

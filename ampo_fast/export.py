@@ -49,7 +49,8 @@ def _write_and_compare(policy: LedPolicy, directory: Path) -> None:
 
 
 def _write_weights(policy: LedPolicy, directory: Path) -> None:
-    """model.safetensors, or numbered files and their index; none gets its name before all are there."""
+    """model.safetensors, or numbered files and their index; none gets its name before all are there, and then those of an
+    export of before go, which transformers might read instead."""
     parts: list[Path] = []
     names_in: list[list[str]] = []
     num_bytes = 0
@@ -65,10 +66,13 @@ def _write_weights(policy: LedPolicy, directory: Path) -> None:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+    index = directory / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    for old in {path.name for path in directory.glob("model*.safetensors")} - set(files):
+        (directory / old).unlink()
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, names_in, strict=True) for name in names}
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-        write_json(directory / "model.safetensors.index.json", index)
+        write_json(index, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
 
 
 def _file_names(count: int) -> list[str]:

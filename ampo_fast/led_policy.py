@@ -33,26 +33,29 @@ class LedPolicy:
             work()
         except Exception as caught:  # whatever stops rank 0 must stop the others too, with the same words
             error = caught
-            self._end_walk(error)
+        self._end_walk(error)
         distributed.from_main(("end", distributed.portable(error)))
         if error is not None:
             raise error
 
-    def _end_walk(self, error: Exception) -> None:
-        """Takes the others to the end of a walk that broke off: there they listen again."""
+    def _end_walk(self, error: Exception | None = None) -> None:
+        """Takes the others to the end of a walk that was left early: there they listen again."""
+        walk, self._walk = self._walk, None
         try:
-            if self._walk is not None:
-                self._walk.close()
+            if walk is not None:
+                walk.close()
         except ValueError:  # it hangs in a thread of its own, and nobody can be told
-            raise error from None
+            raise error or RuntimeError("the weights that were handed out before are still being gathered") from None
 
     def token_logp(self, batch: PackedBatch) -> torch.Tensor:
         """Policy.token_logp, on rank 0 within `lead`."""
+        self._end_walk()
         distributed.from_main(("token_logp", _moved(batch, "cpu")))
         return self._token_logp(batch)
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Policy.whole_tensors, on rank 0 within `lead`; the others walk to the end even where rank 0 stops early."""
+        self._end_walk()
         self._walk = self._led_walk()
         return self._walk
 

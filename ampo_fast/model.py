@@ -110,7 +110,7 @@ class Policy(nn.Module):
     def shard(self) -> Policy:
         """Spreads the parameters over all ranks (FSDP2), in place; nothing where there is one rank."""
         if distributed.world_size() > 1:
-            distributed.shard(self, self.blocks, self.compute_dtype, methods=("token_logp",))
+            distributed.shard(self, self.blocks, self.compute_dtype, methods=("token_logp", "response_states"))
         return self
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -235,6 +235,11 @@ class Policy(nn.Module):
             return linear_logprob(
                 hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap, eos_id=eos_id
             )
+
+    @torch.no_grad()
+    def response_states(self, batch: PackedBatch) -> torch.Tensor:
+        """The hidden state that predicts each response token, [R, D]; of a sharded policy every rank must ask."""
+        return self.hidden_rows(batch)
 
     def _decide_shared(self, wanted: str) -> bool:
         """Whether a prompt runs once for its group; refused, or left with a warning, where the model cannot."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ampo_fast import distributed
 from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts, settle_disagreements
@@ -33,7 +32,7 @@ class RunPrompts:
 
 
 def read_prompts(config: Config, policy: Policy) -> RunPrompts:
-    """Reads data.train and data.eval, for every rank to call with a whole policy.
+    """Reads data.train and data.eval, for every rank to call.
 
     Raises ValueError for whatever in them, or in how many and how long they are, a run could not train on.
     """
@@ -41,7 +40,7 @@ def read_prompts(config: Config, policy: Policy) -> RunPrompts:
     train = admit_prompts(read, policy, config, "data.train")
     count = config.data.active_pairs
     if count:
-        train = distributed.on_main(lambda: choose_pairs(policy, train, count, config.rollout.max_new_tokens))
+        train = choose_pairs(policy, train, count, config.rollout.max_new_tokens)
     return RunPrompts(
         sampler=PromptSampler(train, config.prompts_per_round, config.run.seed),
         longest=longest_prompt(train, policy, config),

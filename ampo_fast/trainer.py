@@ -20,7 +20,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ampo_fast import distributed
@@ -108,6 +108,7 @@ class Trainer:
             "best_reward": None,
             "bad_evals": 0,
             "num_nonfinite": 0,
+            "evaluated": 0,
             "kl": 0.0,
             "wall_s": 0.0,
         }
@@ -149,14 +150,14 @@ class Trainer:
         ):
             if self.eval_prompts and self.step == 0:
                 self._evaluate("before")
-            elif self._is_evaluation_due() and not distributed.on_main(self._is_evaluated):
-                self._evaluate_on_the_way()  # which a signal had left out
+            elif self._is_evaluation_due() and self.state["evaluated"] != self.step:  # a signal had left it out
+                self._take_in(distributed.on_main(self._measured) or self._evaluate(self._evaluation_name()))
             stopped, signal = self._why_stop(), None
             while self.step < config.run.steps and not (stopped or signal):
                 self._train_one_step()
                 signal = next(filter(None, distributed.all_gather(stop.reason)), None)
                 if not signal and self._is_evaluation_due():
-                    self._evaluate_on_the_way()
+                    self._take_in(self._evaluate(self._evaluation_name()))
                     stopped = self._why_stop()
                 if stopped or signal or self._is_checkpoint_due():
                     self._save()
@@ -260,11 +261,10 @@ class Trainer:
         every = self.config.eval.every
         return bool(self.eval_prompts and every and self.step % every == 0 and self.step < self.config.run.steps)
 
-    def _evaluate_on_the_way(self) -> None:
-        """Keeps the best policy, and what _why_stop goes by."""
-        measured = self._evaluate(self._evaluation_name())
+    def _take_in(self, measured: Mapping[str, float]) -> None:
+        """Of an evaluation on the way: keeps the best policy, and what _why_stop goes by."""
         reward = measured["eval/reward"]
-        self.state["kl"] = measured["eval/kl"]
+        self.state |= {"evaluated": self.step, "kl": measured["eval/kl"]}
         if self.state["best_reward"] is None or reward > self.state["best_reward"]:
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
@@ -317,7 +317,8 @@ class Trainer:
         if not found:
             return 0
         step, path = found[-1]
-        self.state |= load_checkpoint(path, self.policy, self.updater.optimizer)  # an older one may lack a key
+        kept = load_checkpoint(path, self.policy, self.updater.optimizer)
+        self.state |= {"evaluated": step} | kept  # an older one may lack a key
         self.updater.guard.count = self.state["num_nonfinite"]
         if self.updater.reference is not None:
             self.updater.reference.restore(step)
@@ -353,13 +354,14 @@ class Trainer:
         write_report(self.run_dir)
         return summary
 
-    def _is_evaluated(self) -> bool:
-        """Whether the policy at this step is measured."""
-        return any(row["step"] == self.step and "eval/reward" in row for row in read_metrics(self.metrics.path))
+    def _measured(self) -> dict[str, Any] | None:
+        """The metrics of this step's evaluation, where there was one."""
+        rows = read_metrics(self.metrics.path)
+        return next((row for row in rows if row["step"] == self.step and "eval/reward" in row), None)
 
     def _has_last_evaluation(self) -> bool:
         """Whether eval/after.jsonl is of this step; an evaluation on the way that stopped the run becomes it."""
-        if not self._is_evaluated():
+        if self._measured() is None:
             return False
         folder = self.run_dir / "eval"
         on_the_way = folder / f"{self._evaluation_name()}.jsonl"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from builders import prompt
-from runs import write_run
+from runs import two_ranks, write_run
 
 from ampo_fast.active_pairs import choose_pairs, d_optimal
 from ampo_fast.config import ModelConfig, load_config
@@ -50,6 +50,31 @@ def test_pairs_that_differ_are_chosen_before_those_that_hardly_do(tiny_model):
     assert choose_pairs(policy, pairs, 9, 32) == pairs
     with pytest.raises(ValueError, match="prompt p9 has not two responses"):
         choose_pairs(policy, [prompt(9)], 1, 32)
+
+
+CHOICE = """
+import sys
+import torch
+from ampo_fast import distributed
+from ampo_fast.active_pairs import choose_pairs
+from ampo_fast.config import ModelConfig
+from ampo_fast.model import Policy
+from test_active_pairs import pair
+
+with distributed.process_group(60):
+    policy = Policy.load(ModelConfig(path=sys.argv[1])).shard()
+    pairs = [pair(i, "abc" * (i + 1), "xyz" + chr(97 + i)) for i in range(7)]
+    chosen = choose_pairs(policy, pairs, 3, 32)
+    torch.save([p.id for p in chosen], f"{sys.argv[2]}/rank{distributed.rank()}.pt")
+"""
+
+
+def test_two_ranks_choose_what_one_chooses(tiny_model, tmp_path):
+    for status, err in two_ranks(CHOICE, tiny_model, tmp_path):
+        assert status == 0, err[-3000:]
+    pairs = [pair(i, "abc" * (i + 1), "xyz" + chr(97 + i)) for i in range(7)]
+    alone = [p.id for p in choose_pairs(Policy.load(ModelConfig(path=str(tiny_model))), pairs, 3, 32)]
+    assert [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)] == [alone, alone]
 
 
 def test_a_run_trains_on_the_chosen_pairs_only(tiny_model, tmp_path):

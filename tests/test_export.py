@@ -61,6 +61,21 @@ def test_a_model_larger_than_a_file_is_several_and_an_index(tiny_model, tmp_path
     assert_same_model(policy, out)
 
 
+@pytest.mark.parametrize(("first", "second"), [(1 << 30, 20_000), (20_000, 1 << 30), (10_000, 40_000)])
+def test_nothing_of_an_export_in_other_files_remains(first, second, tiny_model, tmp_path, monkeypatch):
+    policy, out = moved(tiny_model), tmp_path / "out"
+    for max_bytes in (first, second):
+        monkeypatch.setattr(module, "_FILE_BYTES", max_bytes)
+        export(policy, out)
+        with torch.no_grad():
+            policy.head.weight.mul_(2)
+    policy.head.weight.data.mul_(0.5)
+    assert_same_model(policy, out)
+    monkeypatch.setattr(module, "_FILE_BYTES", second)
+    export(policy, tmp_path / "fresh")
+    assert set(os.listdir(out)) == set(os.listdir(tmp_path / "fresh"))
+
+
 def test_a_full_disk_leaves_the_export_of_before_whole(tiny_model, tmp_path, monkeypatch):
     before, out = moved(tiny_model), tmp_path / "out"
     export(before, out)

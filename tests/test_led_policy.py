@@ -35,6 +35,15 @@ def stop_in_the_middle(led):
         if i == 2:
             raise OSError(28, "the disk is full")
 
+def go_on_after_a_walk_left_early(led, out):
+    first = iter(NamedWeights(led))
+    next(first)
+    second = iter(NamedWeights(led))
+    next(second)
+    out["then"] = response_logp(led, GROUPS, 1000)
+    third = iter(NamedWeights(led))
+    next(third)  # and nothing after it
+
 with distributed.process_group(60):
     policy = Policy.load(ModelConfig(path=MODEL)).shard()
     led, out = LedPolicy(policy), {}
@@ -43,6 +52,7 @@ with distributed.process_group(60):
             led.lead(work)
         except (OSError, KeyError) as error:
             out.setdefault("errors", []).append(str(error))
+    led.lead(lambda: go_on_after_a_walk_left_early(led, out))
     led.lead(lambda: compute(led, out))
     # Each rank asks for its own groups, of which one has fewer.
     out["own"] = response_logp(policy, GROUPS * (2 * distributed.rank()), 1)
@@ -68,7 +78,7 @@ GROUPS = [group(["tea", "a long answer", "sun"])]
 
 def test_rank_0_computes_with_the_shards_of_all(ranks, alone):
     expected = response_logp(alone, GROUPS, 1000)
-    for name in ("logp", "after"):
+    for name in ("logp", "after", "then"):
         torch.testing.assert_close(ranks[0][name], expected, atol=1e-5, rtol=0)
     assert "logp" not in ranks[1]
 

@@ -152,9 +152,16 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(finished, tiny_mode
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, selected, step, *more)
 
+    def killed(*_):
+        raise InterruptedError
+
     with monkeypatch.context() as patched:
         patched.setattr(Updater, "step", signalled)
         assert train(config) == {"run_dir": str(config.run_dir), "steps": 3, "stopped": "SIGTERM"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Updater, "step", killed)  # after it was made up for, before a checkpoint knows of it
+        with pytest.raises(InterruptedError):
+            train(config, resume=True)
     train(config, resume=True)
     made, wanted = (
         {row["step"]: row["eval/reward"] for row in comparable(run_dir) if "eval/reward" in row}
@@ -162,6 +169,8 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(finished, tiny_mode
     )
     assert made == pytest.approx(wanted, rel=1e-3)  # this process may have more threads
     assert (config.run_dir / "eval/step_000003.jsonl").is_file()
+    kept = json.loads((config.run_dir / "checkpoints/step_000006/state.json").read_text())["state"]
+    assert kept["best_reward"] == pytest.approx(made[3], rel=1e-6)
 
 
 @pytest.mark.parametrize(
