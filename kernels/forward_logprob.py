@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.launch import launch
 from ampo_fast.kernels.row_pass import at_most_zero
 
 
@@ -131,14 +132,16 @@ def forward_logprob(
     top_SR, sum_SR, target_SR = (logp_R.new_empty(num_splits, num_rows) for _ in range(3))
     eos_SR = None if eos_id is None else torch.empty_like(top_SR)
     has = {"HAS_EOS": eos_id is not None}
-    split_kernel[(row_blocks * num_splits,)](
+    launch(
+        split_kernel, row_blocks * num_splits,
         hidden_RD, weight_VD, bias_V, target_R, top_SR, sum_SR, target_SR, eos_SR,
         num_rows, num_tokens, num_splits, hidden_RD.stride(0), weight_VD.stride(0), tokens_per_split, eos_id or 0,
         softcap or 1.0, 1.0 / temperature,
         D=num_hidden, HAS_BIAS=bias_V is not None, HAS_SOFTCAP=softcap is not None,
         EXACT=hidden_RD.dtype == torch.float32, **has, **tile,
     )  # fmt: skip
-    merge_kernel[(triton.cdiv(num_rows, 128),)](
-        top_SR, sum_SR, target_SR, eos_SR, logp_R, eos_logp_R, num_rows, num_splits, BLOCK_R=128, **has, num_warps=4
-    )
+    launch(
+        merge_kernel, triton.cdiv(num_rows, 128),
+        top_SR, sum_SR, target_SR, eos_SR, logp_R, eos_logp_R, num_rows, num_splits, BLOCK_R=128, **has, num_warps=4,
+    )  # fmt: skip
     return logp_R, eos_logp_R

@@ -3,6 +3,7 @@
 Tolerance: |ours - float64 truth| <= 2 |torch in the same dtype - float64 truth| + a small slack.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ if not ON_GPU:
 pytest.importorskip("triton")
 
 from ampo_fast import fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
-from ampo_fast.losses import AMPO, GroupContrastive  # noqa: E402
+from ampo_fast.losses import AMPO, GroupContrastive, LossOutput  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter truncates to bfloat16 and multiplies its bit patterns: float16 stands in for it off the GPU.
@@ -200,6 +201,112 @@ def test_the_same_input_gives_the_same_bits():
     with torch.no_grad():
         first, second = (linear_logprob(hidden, weight, target, bias_V=bias, impl="triton") for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("eos_id", [None, 3])
+def test_an_upstream_gradient_that_sum_expanded_reaches_every_row(eos_id):
+    """Its stride is 0: read as a dense vector it is one number and what lies behind it in memory."""
+    hidden, weight, target, bias = head(9, 64, 97, torch.float32)
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        out = linear_logprob(*leaves[:2], target, bias_V=leaves[2], eos_id=eos_id, impl=impl)
+        (out if eos_id is None else out[0] + out[1]).sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+def test_a_loss_on_the_plain_sum_of_the_rows_trains_every_row(mode):
+    hidden, weight, target, _ = head(12, 64, 97, torch.float32)
+
+    def negative_sum(stats):
+        total = -stats.logp_R.sum()
+        return LossOutput(total, total[None])
+
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss, _ = fused_linear_group_loss(
+            *leaves, target, torch.tensor([0, 5, 12]), torch.tensor([0, 2]), torch.zeros(2, device=DEVICE), negative_sum,
+            mode=mode, impl=impl,
+        )  # fmt: skip
+        loss.backward()
+        results.append([leaf.grad for leaf in leaves])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+def strided(vector):
+    """The same values, with others between them."""
+    return torch.stack([vector, vector.flip(0)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_strided_targets_and_biases_are_read_with_their_strides(with_gradient):
+    hidden, weight, target, bias = head(9, 64, 97, torch.float32)
+    results = []
+    for view in (strided, torch.clone):
+        leaf = hidden.clone().requires_grad_(with_gradient)
+        logp = linear_logprob(
+            leaf, weight.requires_grad_(with_gradient), view(target), bias_V=view(bias), impl="triton"
+        )
+        if with_gradient:
+            logp.square().sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not with_gradient or torch.equal(results[0][1], results[1][1])
+
+
+def test_strided_vectors_of_the_group_loss_and_the_segment_sum_are_read_with_their_strides():
+    from ampo_fast.kernels.group_contrastive import group_contrastive
+    from ampo_fast.kernels.segment_sum import segment_sum
+
+    logp, length, reward, offsets, more = contrast_inputs()
+    vectors = [logp, length.float(), reward, offsets.to(DEVICE), *more.values()]
+    options = {"beta": 2.0, "alpha": 0.4, "log_gamma": 0.0, "is_avg": True, "weight": "signed", "is_squared": False}
+    results = []
+    for view in (strided, torch.clone):
+        *given, group_offsets, ref_logp, positive, baseline = map(view, vectors)
+        loss, grad = group_contrastive(
+            *given, group_offsets, 17, ref_logp, positive.to(torch.int8), baseline, split_mean=False, **options
+        )
+        results.append((loss, grad, segment_sum(given[0], group_offsets)))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_every_kernel_starts_with_the_device_of_its_tensors_as_the_current_one(monkeypatch):
+    """With several GPUs in a process another may be current, whose kernels cannot reach the tensors."""
+    from ampo_fast.kernels import row_pass, segment_sum
+
+    guarded, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guarded.append(tensor.device)
+        yield
+        guarded.pop()
+
+    kind = type(row_pass.logprob_kernel)
+    start = kind.__getitem__
+
+    def noted(kernel, grid):
+        launched.append((kernel.fn.__name__, guarded[-1:]))
+        return start(kernel, grid)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kind, "__getitem__", noted)
+    hidden, weight, target, _ = head(3, 64, 97, torch.float32)
+    linear_logprob(hidden, weight, target, impl="triton")
+    linear_logprob(hidden.requires_grad_(), weight, target, impl="triton").sum().backward()
+    logp, length, reward, offsets, _ = contrast_inputs()
+    group_contrastive_loss(logp, length, reward, offsets, beta=2.0, impl="triton")
+    segment_sum.segment_sum(logp, offsets.to(DEVICE))
+    names = {"split_kernel", "merge_kernel", "logprob_kernel", "gradient_kernel", "group_kernel", "segment_kernel"}
+    assert {name for name, _ in launched} == names
+    assert [on for _, on in launched] == [[hidden.device]] * len(launched)
 
 
 def test_eos_penalties_ride_on_the_triton_loss():
