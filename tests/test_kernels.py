@@ -19,8 +19,10 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton")
 
-from ampo_fast import fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
-from ampo_fast.losses import AMPO, GroupContrastive, LossOutput  # noqa: E402
+from ampo_fast import fused, fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
+from ampo_fast import head as heads  # noqa: E402
+from ampo_fast import logprobs as ops  # noqa: E402
+from ampo_fast.losses import AMPO, NLL, GroupContrastive, LossOutput  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter truncates to bfloat16 and multiplies its bit patterns: float16 stands in for it off the GPU.
@@ -236,6 +238,44 @@ def test_a_loss_on_the_plain_sum_of_the_rows_trains_every_row(mode):
         results.append([leaf.grad for leaf in leaves])
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["grouped", "recompute", "frozen"])
+def test_rows_of_logits_that_are_padded_as_on_a_gpu_change_nothing(mode, impl, monkeypatch):
+    """The padding holds NaN: whoever read it would show it, and whoever wrote it would wipe it out."""
+    hidden, weight, target, bias = head(12, 64, 97, torch.float32)
+    options = {"mode": mode, "impl": impl, "temperature": 0.8}
+    if mode != "frozen":
+        options |= {"softcap": 20.0, "eos_id": 3}
+    buffers = []
+
+    def buffer_of_nan(*arguments):
+        buffer = heads.logit_buffer(*arguments)
+        buffers.append(buffer.as_strided((buffer.shape[0], buffer.stride(0)), buffer.stride()).fill_(torch.nan))
+        return buffer
+
+    def run():
+        leaves = [hidden.clone().requires_grad_()]
+        leaves += [t.clone().requires_grad_(mode != "frozen") for t in (weight, bias)]
+        loss, stats = fused_linear_group_loss(
+            *leaves[:2], target, torch.tensor([0, 2, 5, 9, 12]), torch.tensor([0, 2, 4]), torch.rand(4).to(DEVICE),
+            NLL(), positive_M=torch.ones(4, dtype=torch.bool, device=DEVICE), bias_V=leaves[2], chunk_rows=7, **options,
+        )  # fmt: skip
+        loss.backward()
+        return [loss.detach(), stats.logp_R, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+    monkeypatch.setattr(ops, "default_chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens)
+    plain = run()
+    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens + 7)
+    for module in (fused, ops):
+        monkeypatch.setattr(module, "logit_buffer", buffer_of_nan)
+    padded = run()
+    for got, want in zip(padded, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    assert buffers
+    assert all(rows.shape[1] == 104 and rows[:, 97:].isnan().all() for rows in buffers)
 
 
 def strided(vector):
