@@ -97,11 +97,20 @@ def merge_kernel(
         tl.store(eos_logp_R + rows, at_most_zero(z_eos - lse), mask=is_row)
 
 
-def tiles(dtype: torch.dtype, major: int) -> dict[str, int]:
-    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major)."""
+def tiles(dtype: torch.dtype, major: int, is_aligned: bool) -> dict[str, int]:
+    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major).
+
+    Unaligned matrices, whose rows do not start at a multiple of 16 numbers, are loaded number by number, through registers.
+    """
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32 if major >= 10 else 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4 if is_aligned else 8, "num_stages": 2}
+    sizes = {"BLOCK_V": 128, "BLOCK_D": 32 if major >= 10 else 64} if is_aligned else {"BLOCK_V": 64, "BLOCK_D": 32}
+    return {"BLOCK_R": 128, **sizes, "num_warps": 8, "num_stages": 3}
+
+
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether Triton knows that every row starts at a multiple of 16: of its address in bytes, of the stride in numbers."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0
 
 
 def forward_logprob(
@@ -122,7 +131,7 @@ def forward_logprob(
         return logp_R, eos_logp_R
     hidden_RD, weight_VD = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden_RD, weight_VD))
     major = torch.cuda.get_device_capability(hidden_RD.device)[0] if hidden_RD.is_cuda else 0
-    tile = tiles(hidden_RD.dtype, major)
+    tile = tiles(hidden_RD.dtype, major, is_aligned(hidden_RD) and is_aligned(weight_VD))
     row_blocks = triton.cdiv(num_rows, tile["BLOCK_R"])
     # Enough programs to fill a GPU with few rows; the split depends on the shape alone, so the bits do not change.
     wanted_splits = max(16, triton.cdiv(528, row_blocks))

@@ -378,12 +378,29 @@ def test_every_kernel_compiles_without_spills_and_uses_tensor_cores_for_its_dots
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 8
+    assert len(kernels) == 10
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["local"] == 0, kernel
     core = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    assert [k["tensor_cores"] for k in kernels if k["kernel"] == "forward_bf16"] == [core]
+    assert [k["tensor_cores"] for k in kernels if k["kernel"].startswith("forward_bf16")] == [core] * 2
+
+
+@pytest.mark.parametrize(
+    ("num_hidden", "cut", "is_aligned"), [(64, 0, True), (80, 16, True), (80, 1, False), (100, 0, False)]
+)
+def test_rows_that_start_anywhere_take_the_tiles_that_do_not_spill_there(num_hidden, cut, is_aligned, monkeypatch):
+    from ampo_fast.kernels import forward_logprob
+
+    asked, tiles = [], forward_logprob.tiles
+    monkeypatch.setattr(forward_logprob, "tiles", lambda *key: asked.append(key[2]) or tiles(*key))
+    hidden, weight, target, _ = head(3, num_hidden, 97, torch.float32)
+    late, early = slice(cut, None), slice(num_hidden - cut)
+    for columns_h, columns_w in ((late, early), (early, late)):
+        tensors = hidden[:, columns_h], weight[:, columns_w], target
+        logp = linear_logprob(*tensors, impl="triton")
+        torch.testing.assert_close(logp, linear_logprob(*tensors, impl="torch"), atol=1e-5, rtol=1e-5)
+    assert asked == [is_aligned] * 2
 
 
 @pytest.mark.parametrize("bad", [-1, 1000])
