@@ -21,7 +21,6 @@ import platform
 import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rows import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -283,11 +283,8 @@ def is_identical(a: Path, b: Path) -> bool:
 
 
 def machine() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     today = datetime.date.today().isoformat()
-    return {"device": f"{platform.machine()} CPU", "torch": torch.__version__, "commit": commit, "date": today}
+    return {"device": f"{platform.machine()} CPU", "torch": torch.__version__, "commit": commit(), "date": today}
 
 
 if __name__ == "__main__":

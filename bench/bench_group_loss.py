@@ -54,8 +54,9 @@ def main() -> None:
         return call
 
     calls = {name: full(loss) for name, loss in losses.items()}
-    # The eager loop takes a thousand times longer: its own few repeats, within the same run.
-    slow, _ = rows.alternate({"reference": calls.pop("reference")}, 3)
+    # The eager loop takes a thousand times longer: its own few repeats, within the same run. On a GPU, which waits for the
+    # launches of some fifty operations a group, one.
+    slow, _ = rows.alternate({"reference": calls.pop("reference")}, 1 if options.device == "cuda" else 3)
     seconds, _ = rows.alternate(calls, options.repeats)
     context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
     table = []

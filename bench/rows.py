@@ -40,7 +40,7 @@ def context(*packages: str) -> dict:
     return {
         "device": f"{len(os.sched_getaffinity(0))}-core {_cpu_name()}",
         "versions": f"python {platform.python_version()} {versions}",
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
@@ -106,8 +106,12 @@ def _cpu_name() -> str:
     return f"{name} (family {found['cpu family']} model {found['model']})" if "cpu family" in found else name
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The checkout's commit, "-dirty" where files differ from it; "unknown" outside a checkout or without git."""
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # rows are asked for after the measuring: a machine without git must not lose them
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.launch import launch
 from ampo_fast.kernels.row_pass import at_most_zero
 
 
@@ -96,11 +97,20 @@ def merge_kernel(
         tl.store(eos_logp_R + rows, at_most_zero(z_eos - lse), mask=is_row)
 
 
-def tiles(dtype: torch.dtype, major: int) -> dict[str, int]:
-    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major)."""
+def tiles(dtype: torch.dtype, major: int, is_aligned: bool) -> dict[str, int]:
+    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major).
+
+    Unaligned matrices, whose rows do not start at a multiple of 16 numbers, are loaded number by number, through registers.
+    """
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32 if major >= 10 else 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4 if is_aligned else 8, "num_stages": 2}
+    sizes = {"BLOCK_V": 128, "BLOCK_D": 32 if major >= 10 else 64} if is_aligned else {"BLOCK_V": 64, "BLOCK_D": 32}
+    return {"BLOCK_R": 128, **sizes, "num_warps": 8, "num_stages": 3}
+
+
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether Triton knows that every row starts at a multiple of 16: of its address in bytes, of the stride in numbers."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0
 
 
 def forward_logprob(
@@ -121,7 +131,7 @@ def forward_logprob(
         return logp_R, eos_logp_R
     hidden_RD, weight_VD = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden_RD, weight_VD))
     major = torch.cuda.get_device_capability(hidden_RD.device)[0] if hidden_RD.is_cuda else 0
-    tile = tiles(hidden_RD.dtype, major)
+    tile = tiles(hidden_RD.dtype, major, is_aligned(hidden_RD) and is_aligned(weight_VD))
     row_blocks = triton.cdiv(num_rows, tile["BLOCK_R"])
     # Enough programs to fill a GPU with few rows; the split depends on the shape alone, so the bits do not change.
     wanted_splits = max(16, triton.cdiv(528, row_blocks))
@@ -131,14 +141,16 @@ def forward_logprob(
     top_SR, sum_SR, target_SR = (logp_R.new_empty(num_splits, num_rows) for _ in range(3))
     eos_SR = None if eos_id is None else torch.empty_like(top_SR)
     has = {"HAS_EOS": eos_id is not None}
-    split_kernel[(row_blocks * num_splits,)](
+    launch(
+        split_kernel, row_blocks * num_splits,
         hidden_RD, weight_VD, bias_V, target_R, top_SR, sum_SR, target_SR, eos_SR,
         num_rows, num_tokens, num_splits, hidden_RD.stride(0), weight_VD.stride(0), tokens_per_split, eos_id or 0,
         softcap or 1.0, 1.0 / temperature,
         D=num_hidden, HAS_BIAS=bias_V is not None, HAS_SOFTCAP=softcap is not None,
         EXACT=hidden_RD.dtype == torch.float32, **has, **tile,
     )  # fmt: skip
-    merge_kernel[(triton.cdiv(num_rows, 128),)](
-        top_SR, sum_SR, target_SR, eos_SR, logp_R, eos_logp_R, num_rows, num_splits, BLOCK_R=128, **has, num_warps=4
-    )
+    launch(
+        merge_kernel, triton.cdiv(num_rows, 128),
+        top_SR, sum_SR, target_SR, eos_SR, logp_R, eos_logp_R, num_rows, num_splits, BLOCK_R=128, **has, num_warps=4,
+    )  # fmt: skip
     return logp_R, eos_logp_R

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.launch import launch
 
 
 @triton.jit
@@ -104,7 +105,8 @@ def group_contrastive(
     grad_M = logp_M.new_zeros(logp_M.shape[0], dtype=torch.float32)
     if num_groups:
         block = triton.next_power_of_2(max(widest, 2))
-        group_kernel[(num_groups,)](
+        launch(
+            group_kernel, num_groups,
             logp_M, ref_logp_M, length_M, reward_M, positive_M, baseline_B, group_offsets, loss_B, grad_M,
             beta, alpha, log_gamma,
             HAS_REF=ref_logp_M is not None, HAS_POSITIVE=positive_M is not None, HAS_BASELINE=baseline_B is not None,

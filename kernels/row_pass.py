@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.launch import launch
 
 
 @triton.jit
@@ -120,7 +121,8 @@ def row_logprob(
     lse_R, logp_R, rest_R = (logits_RV.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
     eos_logp_R = None if eos_id is None else torch.empty_like(lse_R)
     if num_rows:
-        logprob_kernel[(num_rows,)](
+        launch(
+            logprob_kernel, num_rows,
             logits_RV, bias_V, target_R, lse_R, logp_R, rest_R, eos_logp_R,
             num_tokens, logits_RV.stride(0), eos_id or 0, softcap or 1.0, 1.0 / temperature,
             HAS_BIAS=bias_V is not None, HAS_SOFTCAP=softcap is not None, HAS_EOS=eos_id is not None,
@@ -144,7 +146,8 @@ def row_gradient_(
     """Turns logits into the gradient of sum_r g_r logp_r + g_eos_r eos_logp_r, in place; grads are float32 [R]."""
     num_rows, num_tokens = logits_RV.shape
     if num_rows:
-        gradient_kernel[(num_rows,)](
+        launch(
+            gradient_kernel, num_rows,
             logits_RV, bias_V, target_R, lse_R, rest_R, grad_R, grad_eos_R,
             num_tokens, logits_RV.stride(0), eos_id or 0, softcap or 1.0, 1.0 / temperature,
             HAS_BIAS=bias_V is not None, HAS_SOFTCAP=softcap is not None, HAS_EOS=eos_id is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ampo_fast.kernels.launch import launch
 
 
 @triton.jit
@@ -23,5 +24,5 @@ def segment_sum(values_R: torch.Tensor, offsets_M: torch.Tensor) -> torch.Tensor
     """float32 [M]; values float32 [R], offsets int64 [M + 1] on the device."""
     sum_M = values_R.new_zeros(offsets_M.numel() - 1)
     if sum_M.numel():
-        segment_kernel[(sum_M.numel(),)](values_R, offsets_M, sum_M, BLOCK=256, num_warps=1)
+        launch(segment_kernel, sum_M.numel(), values_R, offsets_M, sum_M, BLOCK=256, num_warps=1)
     return sum_M

@@ -35,16 +35,18 @@ GROUP |= {"positive_M": "*i8", "offsets_B": "*i64", "beta": "fp32", "alpha": "fp
 GROUP_OPTIONS = {"HAS_REF": True, "HAS_BASELINE": True, "IS_AVG": True, "WEIGHT": 2, "IS_SQUARED": True}
 
 
-def head_case(dtype, name, arch):
-    tile = forward_logprob.tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], arch // 10)
+def head_case(dtype, arch, num_hidden=4096):
+    is_aligned = num_hidden % 16 == 0
+    tile = forward_logprob.tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], arch // 10, is_aligned)
     launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
     signature = HEAD | {"hidden_RD": f"*{dtype}", "weight_VD": f"*{dtype}", "bias_V": f"*{dtype}"}
-    constants = {"D": 4096, "EXACT": dtype == "fp32", **HAS, **tile}
+    constants = {"D": num_hidden, "EXACT": dtype == "fp32", **HAS, **tile}
+    name = f"forward_{dtype}" if is_aligned else f"forward_{dtype}_unaligned"
     return name, forward_logprob.split_kernel, signature, constants, launch
 
 
 def cases(arch):
-    return [head_case("bf16", "forward_bf16", arch), head_case("fp32", "forward_fp32", arch), *CASES]
+    return [head_case(dtype, arch, num_hidden) for dtype in ("bf16", "fp32") for num_hidden in (4096, 1000)] + CASES
 
 
 CASES = [
@@ -69,9 +71,10 @@ def compile_case(name, kernel, signature, constants, launch, arch):
     ordered = {arg: signature.get(arg, "constexpr") for arg in names}
     missing = [arg for arg in names if ordered[arg] == "constexpr" and arg not in constants]
     assert not missing, f"{name}: no type for {missing}"
-    # Pointers and strides that a tensor gives are multiples of 16, as at run time.
+    # Pointers that a tensor gives are multiples of 16, as at run time; and so are strides, but for an unaligned head's.
+    has_aligned_rows = constants.get("D", 16) % 16 == 0
     aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(names)
-               if ordered[arg].startswith("*") or arg.endswith("stride")}  # fmt: skip
+               if ordered[arg].startswith("*") or (arg.endswith("stride") and has_aligned_rows)}  # fmt: skip
     source = ASTSource(fn=kernel, signature=ordered, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     return {

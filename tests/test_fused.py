@@ -359,6 +359,24 @@ def test_nan_logits_are_named_by_row(value):
         fused_linear_group_loss(hidden, weight.requires_grad_(), target, RESPONSES, GROUPS, reward, AMPO())
 
 
+@pytest.mark.parametrize("num_tokens", [97, 49152, 50257, 128256, 128257, 151936, 262144, 1_000_000])
+def test_a_gpus_chunks_are_whole_tiles_and_its_rows_of_logits_start_at_16_bytes(num_tokens):
+    gpu = torch.device("cuda")
+    with_gradient, without = head.default_chunk_rows(num_tokens, gpu), head.forward_chunk_rows(num_tokens, gpu)
+    assert with_gradient % 256 == without % 256 == 0
+    assert 4096 <= with_gradient <= 8192
+    assert without >= 512
+    stride = head._row_stride(num_tokens, gpu)
+    assert stride % 8 == 0
+    assert 0 <= stride - num_tokens < 8
+
+
+def test_a_cpus_chunks_and_rows_are_not_rounded():
+    cpu = torch.device("cpu")
+    assert head.default_chunk_rows(49152, cpu) == head.forward_chunk_rows(49152, cpu) == 2**24 // 49152
+    assert head.logit_buffer(torch.zeros(2, 3), torch.zeros(97, 3), 8).stride() == (97, 1)
+
+
 def test_stats_fields_stand_in_the_promised_order():
     names = [field.name for field in dataclasses.fields(ResponseStats)]
     assert names == [

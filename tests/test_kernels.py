@@ -3,6 +3,7 @@
 Tolerance: |ours - float64 truth| <= 2 |torch in the same dtype - float64 truth| + a small slack.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,8 +19,10 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton")
 
-from ampo_fast import fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
-from ampo_fast.losses import AMPO, GroupContrastive  # noqa: E402
+from ampo_fast import fused, fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
+from ampo_fast import head as heads  # noqa: E402
+from ampo_fast import logprobs as ops  # noqa: E402
+from ampo_fast.losses import AMPO, NLL, GroupContrastive, LossOutput  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter truncates to bfloat16 and multiplies its bit patterns: float16 stands in for it off the GPU.
@@ -202,6 +205,150 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("eos_id", [None, 3])
+def test_an_upstream_gradient_that_sum_expanded_reaches_every_row(eos_id):
+    """Its stride is 0: read as a dense vector it is one number and what lies behind it in memory."""
+    hidden, weight, target, bias = head(9, 64, 97, torch.float32)
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        out = linear_logprob(*leaves[:2], target, bias_V=leaves[2], eos_id=eos_id, impl=impl)
+        (out if eos_id is None else out[0] + out[1]).sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+def test_a_loss_on_the_plain_sum_of_the_rows_trains_every_row(mode):
+    hidden, weight, target, _ = head(12, 64, 97, torch.float32)
+
+    def negative_sum(stats):
+        total = -stats.logp_R.sum()
+        return LossOutput(total, total[None])
+
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss, _ = fused_linear_group_loss(
+            *leaves, target, torch.tensor([0, 5, 12]), torch.tensor([0, 2]), torch.zeros(2, device=DEVICE), negative_sum,
+            mode=mode, impl=impl,
+        )  # fmt: skip
+        loss.backward()
+        results.append([leaf.grad for leaf in leaves])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["grouped", "recompute", "frozen"])
+def test_rows_of_logits_that_are_padded_as_on_a_gpu_change_nothing(mode, impl, monkeypatch):
+    """The padding holds NaN: whoever read it would show it, and whoever wrote it would wipe it out."""
+    hidden, weight, target, bias = head(12, 64, 97, torch.float32)
+    options = {"mode": mode, "impl": impl, "temperature": 0.8}
+    if mode != "frozen":
+        options |= {"softcap": 20.0, "eos_id": 3}
+    buffers = []
+
+    def buffer_of_nan(*arguments):
+        buffer = heads.logit_buffer(*arguments)
+        buffers.append(buffer.as_strided((buffer.shape[0], buffer.stride(0)), buffer.stride()).fill_(torch.nan))
+        return buffer
+
+    def run():
+        leaves = [hidden.clone().requires_grad_()]
+        leaves += [t.clone().requires_grad_(mode != "frozen") for t in (weight, bias)]
+        loss, stats = fused_linear_group_loss(
+            *leaves[:2], target, torch.tensor([0, 2, 5, 9, 12]), torch.tensor([0, 2, 4]), torch.rand(4).to(DEVICE),
+            NLL(), positive_M=torch.ones(4, dtype=torch.bool, device=DEVICE), bias_V=leaves[2], chunk_rows=7, **options,
+        )  # fmt: skip
+        loss.backward()
+        return [loss.detach(), stats.logp_R, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+    monkeypatch.setattr(ops, "default_chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens)
+    plain = run()
+    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens + 7)
+    for module in (fused, ops):
+        monkeypatch.setattr(module, "logit_buffer", buffer_of_nan)
+    padded = run()
+    for got, want in zip(padded, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    assert buffers
+    assert all(rows.shape[1] == 104 and rows[:, 97:].isnan().all() for rows in buffers)
+
+
+def strided(vector):
+    """The same values, with others between them."""
+    return torch.stack([vector, vector.flip(0)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_strided_targets_and_biases_are_read_with_their_strides(with_gradient):
+    hidden, weight, target, bias = head(9, 64, 97, torch.float32)
+    results = []
+    for view in (strided, torch.clone):
+        leaf = hidden.clone().requires_grad_(with_gradient)
+        logp = linear_logprob(
+            leaf, weight.requires_grad_(with_gradient), view(target), bias_V=view(bias), impl="triton"
+        )
+        if with_gradient:
+            logp.square().sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not with_gradient or torch.equal(results[0][1], results[1][1])
+
+
+def test_strided_vectors_of_the_group_loss_and_the_segment_sum_are_read_with_their_strides():
+    from ampo_fast.kernels.group_contrastive import group_contrastive
+    from ampo_fast.kernels.segment_sum import segment_sum
+
+    logp, length, reward, offsets, more = contrast_inputs()
+    vectors = [logp, length.float(), reward, offsets.to(DEVICE), *more.values()]
+    options = {"beta": 2.0, "alpha": 0.4, "log_gamma": 0.0, "is_avg": True, "weight": "signed", "is_squared": False}
+    results = []
+    for view in (strided, torch.clone):
+        *given, group_offsets, ref_logp, positive, baseline = map(view, vectors)
+        loss, grad = group_contrastive(
+            *given, group_offsets, 17, ref_logp, positive.to(torch.int8), baseline, split_mean=False, **options
+        )
+        results.append((loss, grad, segment_sum(given[0], group_offsets)))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_every_kernel_starts_with_the_device_of_its_tensors_as_the_current_one(monkeypatch):
+    """With several GPUs in a process another may be current, whose kernels cannot reach the tensors."""
+    from ampo_fast.kernels import row_pass, segment_sum
+
+    guarded, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guarded.append(tensor.device)
+        yield
+        guarded.pop()
+
+    kind = type(row_pass.logprob_kernel)
+    start = kind.__getitem__
+
+    def noted(kernel, grid):
+        launched.append((kernel.fn.__name__, guarded[-1:]))
+        return start(kernel, grid)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kind, "__getitem__", noted)
+    hidden, weight, target, _ = head(3, 64, 97, torch.float32)
+    linear_logprob(hidden, weight, target, impl="triton")
+    linear_logprob(hidden.requires_grad_(), weight, target, impl="triton").sum().backward()
+    logp, length, reward, offsets, _ = contrast_inputs()
+    group_contrastive_loss(logp, length, reward, offsets, beta=2.0, impl="triton")
+    segment_sum.segment_sum(logp, offsets.to(DEVICE))
+    names = {"split_kernel", "merge_kernel", "logprob_kernel", "gradient_kernel", "group_kernel", "segment_kernel"}
+    assert {name for name, _ in launched} == names
+    assert [on for _, on in launched] == [[hidden.device]] * len(launched)
+
+
 def test_eos_penalties_ride_on_the_triton_loss():
     logp, length, reward, offsets, _ = contrast_inputs()
     eos = -torch.rand_like(logp)
@@ -231,12 +378,29 @@ def test_every_kernel_compiles_without_spills_and_uses_tensor_cores_for_its_dots
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 8
+    assert len(kernels) == 10
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["local"] == 0, kernel
     core = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    assert [k["tensor_cores"] for k in kernels if k["kernel"] == "forward_bf16"] == [core]
+    assert [k["tensor_cores"] for k in kernels if k["kernel"].startswith("forward_bf16")] == [core] * 2
+
+
+@pytest.mark.parametrize(
+    ("num_hidden", "cut", "is_aligned"), [(64, 0, True), (80, 16, True), (80, 1, False), (100, 0, False)]
+)
+def test_rows_that_start_anywhere_take_the_tiles_that_do_not_spill_there(num_hidden, cut, is_aligned, monkeypatch):
+    from ampo_fast.kernels import forward_logprob
+
+    asked, tiles = [], forward_logprob.tiles
+    monkeypatch.setattr(forward_logprob, "tiles", lambda *key: asked.append(key[2]) or tiles(*key))
+    hidden, weight, target, _ = head(3, num_hidden, 97, torch.float32)
+    late, early = slice(cut, None), slice(num_hidden - cut)
+    for columns_h, columns_w in ((late, early), (early, late)):
+        tensors = hidden[:, columns_h], weight[:, columns_w], target
+        logp = linear_logprob(*tensors, impl="triton")
+        torch.testing.assert_close(logp, linear_logprob(*tensors, impl="torch"), atol=1e-5, rtol=1e-5)
+    assert asked == [is_aligned] * 2
 
 
 @pytest.mark.parametrize("bad", [-1, 1000])
