@@ -166,10 +166,10 @@ class _TritonContrast(torch.autograd.Function):
         from ampo_fast.kernels.group_contrastive import group_contrastive
 
         def as_float(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values.detach().float().contiguous()
+            return None if values is None else values.detach().float()
 
         sizes_B = stats.group_offsets.diff()
-        positive_M = None if stats.positive_M is None else stats.positive_M.to(torch.int8).contiguous()
+        positive_M = None if stats.positive_M is None else stats.positive_M.to(torch.int8)
         loss_B, grad_M = group_contrastive(
             as_float(logp_M), as_float(stats.length_M), as_float(stats.reward_M),
             on_device(stats.group_offsets, logp_M.device), int(sizes_B.max()) if sizes_B.numel() else 0,

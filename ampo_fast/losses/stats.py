@@ -211,7 +211,7 @@ class _SegmentSum(torch.autograd.Function):
         if resolve_impl("segment_sum", "auto", values_R) == "triton":
             from ampo_fast.kernels.segment_sum import segment_sum as triton_sum
 
-            return triton_sum(values_R.contiguous(), device_offsets)
+            return triton_sum(values_R, device_offsets)
         return torch.segment_reduce(values_R, "sum", offsets=device_offsets)
 
     @staticmethod
