@@ -88,7 +88,7 @@ def _take(lengths, token: int, prompt: int, count: int) -> list[torch.Tensor]:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return on_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
 
 
 class _Gather(torch.autograd.Function):
