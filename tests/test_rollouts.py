@@ -1,8 +1,9 @@
 import pytest
 import torch
-from builders import prompt
+from builders import config, prompt
 from conftest import make_tiny_model
 
+from ampo_fast import distributed
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
@@ -130,6 +131,25 @@ def test_batches_are_neighbours_in_length_and_cover_everything():
     assert batches == [[3, 0], [2, 1]]
     assert generation_batches([4, 4], n=100, batch_rows=16) == [[0], [1]]
     assert len(generation_batches([4] * 6, n=2, batch_rows=64, num_ranks=3)) == 3  # no rank left without a batch
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 64), ("cuda", 512)])
+def test_more_candidates_are_decoded_together_on_a_gpu(monkeypatch, device, rows):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(device))
+    batches = generation_batches([4] * 200, n=8, batch_rows=config().rollout.batch_rows)
+    assert len(batches[0]) * 8 == rows
+    assert generation_batches([4] * 200, n=8, batch_rows=16)[0] == [0, 1]
+
+
+def test_too_many_candidates_for_the_memory_name_the_field(tiny_policy, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(decoding._Decoding, "advance", full)
+    with pytest.raises(
+        MemoryError, match=r"while 9 candidates .* rollout\.batch_rows .*resume auto.*Tried to allocate"
+    ):
+        TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=4))
 
 
 def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy):

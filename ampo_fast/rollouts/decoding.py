@@ -29,7 +29,7 @@ class TransformersEngine(LocalEngine):
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
     """
 
-    def __init__(self, policy: Policy, batch_rows: int) -> None:
+    def __init__(self, policy: Policy, batch_rows: int | None) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
 
@@ -56,7 +56,7 @@ class TransformersEngine(LocalEngine):
         completed: list[list[tuple[list[int], list[float]]]] = [[] for _ in contexts]
         for batch in generation_batches([len(ids) for ids in contexts], n, self.batch_rows):
             uniform_AL = torch.stack([u for i in batch for u in _uniforms(keys[i], n, sampling)])
-            with self.policy.autocast(), self._fast_layers():
+            with self.policy.autocast(), self._fast_layers(), _named_out_of_memory(len(uniform_AL)):
                 rows = self._decode([contexts[i] for i in batch], n, uniform_AL, sampling)
             for at, i in enumerate(batch):
                 completed[i] = rows[at * n : (at + 1) * n]
@@ -103,6 +103,17 @@ class TransformersEngine(LocalEngine):
                 alive = [alive[a] for a in running]
             state.advance(token_A)
         return rows
+
+
+@contextlib.contextmanager
+def _named_out_of_memory(num_rows: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"out of memory while {num_rows} candidates were decoded together; set rollout.batch_rows to less than that "
+            f"(--resume auto takes it), or lower rollout.max_new_tokens ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _uniforms(prompt_id: str, n: int, sampling: Sampling) -> Iterator[torch.Tensor]:
