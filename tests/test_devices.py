@@ -91,10 +91,11 @@ def test_a_resumed_run_stays_on_its_device_and_has_the_cpus_losses(library, tmp_
     assert losses(config) != expected  # the sums run in another order: it did train there
 
 
-def test_bfloat16_by_autocast_stays_on_its_device(library, tmp_path, tiny_model):
+@pytest.mark.parametrize("options", [[], ["--model.lora.rank", "2"]], ids=["all parameters", "lora"])
+def test_bfloat16_by_autocast_stays_on_its_device(library, tmp_path, tiny_model, options):
     config = write_run(
         tmp_path, tiny_model, run={"steps": 2, "trackers": []}, model={"path": str(tiny_model), "dtype": "bfloat16"}
     )
-    on_second(library, "train", config)
+    on_second(library, "train", config, *options)
     assert len(losses(config)) == 2
     assert all(map(math.isfinite, losses(config)))

@@ -16,6 +16,7 @@ from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.batches import generation_batches
 from ampo_fast.rollouts.few_rows import fast_few_rows
+from ampo_fast.rollouts.held_casts import held_casts
 from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
@@ -64,8 +65,9 @@ class TransformersEngine(LocalEngine):
 
     def _fast_layers(self) -> contextlib.AbstractContextManager:
         policy = self.policy
-        is_slow = policy.device.type == "cpu" and policy.compute_dtype == torch.float32
-        return fast_few_rows(policy.model) if is_slow else contextlib.nullcontext()
+        if policy.compute_dtype != torch.float32:
+            return held_casts(policy.model, policy.compute_dtype)
+        return fast_few_rows(policy.model) if policy.device.type == "cpu" else contextlib.nullcontext()
 
     def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
         stopped = ids[-1] in self.policy.stop_ids
