@@ -40,9 +40,9 @@ class FlexPlan:
             prompt, *own = itertools.islice(left, 1 + num_responses)
             for response, length in enumerate((prompt, *own)):
                 start = prompt if response else 0
-                groups.append(torch.full((length,), group))
-                responses.append(torch.full((length,), response))
-                places.append(torch.arange(start, start + length))
+                groups.append(torch.full((length,), group, dtype=torch.int32))
+                responses.append(torch.full((length,), response, dtype=torch.int32))
+                places.append(torch.arange(start, start + length, dtype=torch.int32))
         return cls(*(on_device(torch.cat(parts), device) for parts in (groups, responses, places)))
 
     def block_mask(self, window: int | None) -> Any:
@@ -50,10 +50,12 @@ class FlexPlan:
         if window not in self._masks:
             group_T, response_T, place_T = self.group_T, self.response_T, self.place_T
 
+            # Comparisons alone: this runs on all pairs of tokens, and a difference of places would be T x T numbers.
             def sees(batch, head, query, key):
                 is_own = (response_T[key] == 0) | (response_T[key] == response_T[query])
-                back = place_T[query] - place_T[key]
-                is_near = back >= 0 if window is None else (back >= 0) & (back < window)
+                is_near = place_T[key] <= place_T[query]
+                if window is not None:
+                    is_near = is_near & (place_T[query] - window < place_T[key])
                 return (group_T[key] == group_T[query]) & is_own & is_near
 
             size = group_T.numel()

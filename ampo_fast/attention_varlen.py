@@ -22,6 +22,7 @@ from ampo_fast.dispatch import on_device
 
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_HEAD_SIZE = 256  # of both kernels
+_HEAD_SIZE_STEP = 8  # torch's refuses what is between
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def _take(lengths, token: int, prompt: int, count: int) -> list[torch.Tensor]:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return on_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
 
 
 class _Gather(torch.autograd.Function):
@@ -137,6 +138,7 @@ def can_run(query: torch.Tensor, softcap: float | None) -> bool:
         query.is_cuda
         and compute_dtype(query) in _HALF
         and query.shape[-1] <= _MAX_HEAD_SIZE
+        and query.shape[-1] % _HEAD_SIZE_STEP == 0
         and kernel(softcap) is not None
     )
 

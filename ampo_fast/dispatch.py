@@ -32,7 +32,7 @@ def resolve_impl(op: str, impl: str, tensor: torch.Tensor) -> str:
     return impl
 
 
-def on_device(plan: torch.Tensor, device: torch.device) -> torch.Tensor:
+def on_device(plan: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A small tensor made on the host, such as offsets, on `device`, and nobody waits for what the device has still to do.
 
     Ordinary host memory is staged before the copy returns, so `plan` may be freed or changed right after.

@@ -11,9 +11,12 @@ from typing import Protocol
 
 import torch
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
+from ampo_fast import distributed
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import Config
+from ampo_fast.dispatch import on_device
 from ampo_fast.model import Policy
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ def make_embedder(config: Config, policy: Policy | None) -> Embedder:
 
 
 class SentenceEncoder:
-    """Mean-pooled last hidden states of a BERT-like encoder (sentence-transformers' recipe for MiniLM)."""
+    """Mean-pooled last hidden states of a BERT-like encoder (sentence-transformers' recipe for MiniLM), on this process's
+    device."""
 
     def __init__(self, path: str, batch_rows: int = 64) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -46,9 +50,10 @@ class SentenceEncoder:
         source = resolve_model(path, "embed.model")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+            model = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ValueError(f"embed.model = {path!r} cannot be loaded: {error}") from error
+        self.model = model.to(distributed.device()).eval()
         self.batch_rows = batch_rows
         self.window = self.model.config.max_position_embeddings - self.tokenizer.num_special_tokens_to_add()
         self.num_windowed = 0
@@ -88,20 +93,21 @@ class SentenceEncoder:
         self.num_windowed += count
 
     def _pool_windows(self, windows: Sequence[list[int]]) -> torch.Tensor:
+        """[W, E] on the CPU, in the order of the windows."""
         order = sorted(range(len(windows)), key=lambda w: len(windows[w]))
-        pooled: list[torch.Tensor | None] = [None] * len(windows)
+        device, pooled = self.model.device, []
         start, end = _special_frame(self.tokenizer)
         for at in range(0, len(order), self.batch_rows):
             chunk = order[at : at + self.batch_rows]
             rows = [torch.tensor([*start, *windows[w], *end]) for w in chunk]
-            token_WL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask_WL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+            token_WL = on_device(pad_sequence(rows, batch_first=True), device)
+            mask_WL = on_device(pad_sequence([torch.ones_like(r) for r in rows], batch_first=True), device)
             hidden_WLE = self.model(input_ids=token_WL, attention_mask=mask_WL).last_hidden_state
             weight_WL1 = mask_WL[..., None].float()
             mean_WE = (hidden_WLE * weight_WL1).sum(1) / weight_WL1.sum(1)
-            for w, vector in zip(chunk, normalize(mean_WE, dim=1), strict=True):
-                pooled[w] = vector
-        return torch.stack(pooled)
+            pooled.append(normalize(mean_WE, dim=1))
+        pooled_WE = torch.cat(pooled).cpu()  # fetched once: each time waits for the device
+        return torch.empty_like(pooled_WE).index_copy_(0, torch.tensor(order), pooled_WE)
 
 
 def _special_frame(tokenizer) -> tuple[list[int], list[int]]:

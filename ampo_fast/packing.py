@@ -5,6 +5,7 @@ Shapes: T packed tokens, R predicted response tokens, M responses, B groups.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ampo_fast.dispatch import on_device
 from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt, ScoredGroup, Segment, SelectedGroup
 
 
@@ -222,19 +224,24 @@ def pack_responses(
     num_responses = [len(indices) for indices in kept]
     flat_reward = [value for values in reward for value in values] if reward else [0.0] * len(lengths)
     sides = [i in side for indices, side in zip(kept, positive or [()] * len(kept), strict=True) for i in indices]
+    sent = functools.partial(_sent, device=device)
     return PackedBatch(
-        token_T=torch.tensor(tokens, device=device),
-        position_T=torch.tensor(positions, device=device),
+        token_T=sent(tokens),
+        position_T=sent(positions),
         segments=tuple(segments),
-        row_R=torch.tensor(rows, device=device),
-        target_R=torch.tensor(targets, device=device),
+        row_R=sent(rows),
+        target_R=sent(targets),
         response_offsets=_offsets(lengths),
         group_offsets=_offsets(num_responses),
-        reward_M=torch.tensor(flat_reward, device=device),
-        positive_M=torch.tensor(sides, dtype=torch.bool, device=device),
-        baseline_B=torch.tensor(baseline or [0.0] * len(segments), device=device),
-        sampled_logp_R=torch.tensor(sampled, device=device) if len(sampled) == len(targets) else None,
+        reward_M=sent(flat_reward),
+        positive_M=sent(sides, dtype=torch.bool),
+        baseline_B=sent(baseline or [0.0] * len(segments)),
+        sampled_logp_R=sent(sampled) if len(sampled) == len(targets) else None,
     )
+
+
+def _sent(values: Sequence, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return on_device(torch.tensor(values, dtype=dtype), device)
 
 
 def _offsets(counts: Sequence[int]) -> torch.Tensor:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from test_attention_varlen import SEGMENTS, attend, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ampo_fast import attention, attention_flex
+from ampo_fast.attention_flex import FlexPlan
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -22,6 +24,25 @@ def test_it_equals_the_pieces(monkeypatch, options):
     monkeypatch.setattr(attention_flex, "can_run", lambda query, softcap: True)
     monkeypatch.setattr(attention, "_by_pieces", None)
     torch.testing.assert_close(attended(), by_pieces, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_mask_is_built_without_a_number_for_every_pair_of_tokens(window):
+    """At 64k packed tokens 8 bytes a pair were 34 GB."""
+
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, out.nbytes)
+            return out
+
+    plan = FlexPlan.build((128,) * 8, (3, 3), torch.device("cpu"))
+    with Largest() as largest:
+        plan.block_mask(window)
+    assert largest.num_bytes == 1024 * 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

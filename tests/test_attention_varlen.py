@@ -94,6 +94,7 @@ def test_what_no_kernel_takes_runs_piece_by_piece(monkeypatch):
     assert attention_varlen.can_run(query(), None)
     assert not attention_varlen.can_run(query(dtype=torch.float32), None)
     assert not attention_varlen.can_run(query(size=512), None)
+    assert not attention_varlen.can_run(query(size=60), None)
     assert not attention_varlen.can_run(query(is_cuda=False), None)
     assert not attention_varlen.can_run(query(), 30.0)
 

@@ -48,6 +48,26 @@ def test_the_second_device_refuses_the_cpus_tensors(library, mix):
     assert re.search(r"line 5, .*RuntimeError: .*\bdevice\b", done.stderr, re.DOTALL), done.stderr
 
 
+def test_sentences_are_encoded_on_the_device_and_their_vectors_are_the_cpus(library):
+    code = """
+import sys, torch, second_device
+device = second_device.register(sys.argv[1])
+from ampo_fast import distributed
+from ampo_fast.embeddings import SentenceEncoder
+texts = ["a cat sat", "it was a very long day for the cat", "x", "the sea " * 700]
+on_cpu = SentenceEncoder("package:all-minilm-l6-v2", 2).embed(texts)
+distributed.device = lambda: device
+encoder = SentenceEncoder("package:all-minilm-l6-v2", 2)
+seen = []
+encoder.model.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state.device))
+vectors = encoder.embed(texts)
+assert seen and set(seen) == {device}, seen
+assert vectors.device.type == "cpu"
+torch.testing.assert_close(vectors, on_cpu, atol=1e-5, rtol=0)
+"""
+    finished(sys.executable, "-c", code, library)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -71,10 +91,11 @@ def test_a_resumed_run_stays_on_its_device_and_has_the_cpus_losses(library, tmp_
     assert losses(config) != expected  # the sums run in another order: it did train there
 
 
-def test_bfloat16_by_autocast_stays_on_its_device(library, tmp_path, tiny_model):
+@pytest.mark.parametrize("options", [[], ["--model.lora.rank", "2"]], ids=["all parameters", "lora"])
+def test_bfloat16_by_autocast_stays_on_its_device(library, tmp_path, tiny_model, options):
     config = write_run(
         tmp_path, tiny_model, run={"steps": 2, "trackers": []}, model={"path": str(tiny_model), "dtype": "bfloat16"}
     )
-    on_second(library, "train", config)
+    on_second(library, "train", config, *options)
     assert len(losses(config)) == 2
     assert all(map(math.isfinite, losses(config)))

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from builders import prompt
+from builders import config, prompt
 from conftest import make_tiny_model
 
+from ampo_fast import distributed
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, TransformersEngine, generation_batches, sample_tokens
+from ampo_fast.rollouts import DataEngine, TransformersEngine, decoding, generation_batches, sample_tokens
 from ampo_fast.types import GivenResponse, Prompt, Sampling
 from ampo_fast.weight_sync import push_weights
 
@@ -54,6 +55,31 @@ def test_streams_are_keyed_by_prompt_and_candidate_not_by_batch(tiny_policy):
 def test_generation_repeats_bit_for_bit(tiny_policy):
     runs = [TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=8)) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_under_autocast_keys_are_kept_in_the_type_that_attention_computes_in(tiny_model, monkeypatch):
+    made = []
+    new_buffer = decoding._buffer
+    monkeypatch.setattr(decoding, "_buffer", lambda *args: made.append(new_buffer(*args)) or made[-1])
+    for dtype in ("bfloat16", "float32"):
+        made.clear()
+        policy = Policy.load(ModelConfig(path=str(tiny_model), dtype=dtype))
+        groups = TransformersEngine(policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=12))
+        assert [buffer.dtype for buffer in made] == [getattr(torch, dtype)] * 4  # K and V of two layers
+        engine = torch.tensor([v for g in groups for c in g.candidates for v in c.logp])
+        atol = 0.1 if dtype == "bfloat16" else 2e-4
+        torch.testing.assert_close(response_logp(policy, groups, 1000), engine, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["even", "padded"])
+def test_the_device_is_not_asked_at_every_token_whether_rows_are_padded(tiny_policy, monkeypatch, prompts):
+    asked, masks = [], []
+    any_of, layer_masks = torch.Tensor.any, decoding._layer_masks
+    monkeypatch.setattr(torch.Tensor, "any", lambda *a, **k: asked.append(1) or any_of(*a, **k))
+    monkeypatch.setattr(decoding, "_layer_masks", lambda *a: masks.append(1) or layer_masks(*a))
+    TransformersEngine(tiny_policy, 64).generate(prompts, 1, Sampling(max_new_tokens=8))
+    assert len(asked) < 8
+    assert bool(masks) == (len(prompts) > 1)
 
 
 def test_groups_are_handed_over_once_and_returned(tiny_policy):
@@ -105,6 +131,25 @@ def test_batches_are_neighbours_in_length_and_cover_everything():
     assert batches == [[3, 0], [2, 1]]
     assert generation_batches([4, 4], n=100, batch_rows=16) == [[0], [1]]
     assert len(generation_batches([4] * 6, n=2, batch_rows=64, num_ranks=3)) == 3  # no rank left without a batch
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 64), ("cuda", 512)])
+def test_more_candidates_are_decoded_together_on_a_gpu(monkeypatch, device, rows):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(device))
+    batches = generation_batches([4] * 200, n=8, batch_rows=config().rollout.batch_rows)
+    assert len(batches[0]) * 8 == rows
+    assert generation_batches([4] * 200, n=8, batch_rows=16)[0] == [0, 1]
+
+
+def test_too_many_candidates_for_the_memory_name_the_field(tiny_policy, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(decoding._Decoding, "advance", full)
+    with pytest.raises(
+        MemoryError, match=r"while 9 candidates .* rollout\.batch_rows .*resume auto.*Tried to allocate"
+    ):
+        TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=4))
 
 
 def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy):

@@ -138,7 +138,12 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1: off.")
     top_k: Count = Field(0, description="0: off.")
     max_new_tokens: Positive = Field(64, description="The length limit of a response, end-of-turn token included.")
-    batch_rows: Positive = Field(64, description="Candidates decoded together.", json_schema_extra=ADVANCED)
+    batch_rows: Positive | None = Field(
+        None,
+        description="Candidates decoded together; each has keys and values in memory. Default: 512 on a GPU, where a token takes "
+        "about as long for few as for many; 64 on a CPU.",
+        json_schema_extra=ADVANCED,
+    )
     truncated: Literal["negative", "exclude", "keep"] = Field(
         "negative", description="A response cut by max_new_tokens: never the positive, left out, or treated as whole."
     )

@@ -5,6 +5,7 @@
     given        the responses that came with the data
     decoding     sampling in this process, with keys and values of its own
     few_rows     the linear layers of a decoding step on a CPU
+    held_casts   frozen linear layers under autocast, cast once a batch
     sampling     from logits to tokens
     main_engine  rank 0's engine, as every rank sees it
     segments     SAPO's pairs: a given answer, and the same with a segment written anew

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from ampo_fast.dispatch import on_device
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.batches import generation_batches
 from ampo_fast.rollouts.few_rows import fast_few_rows
+from ampo_fast.rollouts.held_casts import held_casts
 from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
@@ -28,7 +30,7 @@ class TransformersEngine(LocalEngine):
     uniforms from a generator keyed by (seed, step, prompt id, i), so batching and resuming change no stream.
     """
 
-    def __init__(self, policy: Policy, batch_rows: int) -> None:
+    def __init__(self, policy: Policy, batch_rows: int | None) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
 
@@ -55,7 +57,7 @@ class TransformersEngine(LocalEngine):
         completed: list[list[tuple[list[int], list[float]]]] = [[] for _ in contexts]
         for batch in generation_batches([len(ids) for ids in contexts], n, self.batch_rows):
             uniform_AL = torch.stack([u for i in batch for u in _uniforms(keys[i], n, sampling)])
-            with self.policy.autocast(), self._fast_layers():
+            with self.policy.autocast(), self._fast_layers(), _named_out_of_memory(len(uniform_AL)):
                 rows = self._decode([contexts[i] for i in batch], n, uniform_AL, sampling)
             for at, i in enumerate(batch):
                 completed[i] = rows[at * n : (at + 1) * n]
@@ -63,8 +65,9 @@ class TransformersEngine(LocalEngine):
 
     def _fast_layers(self) -> contextlib.AbstractContextManager:
         policy = self.policy
-        is_slow = policy.device.type == "cpu" and policy.compute_dtype == torch.float32
-        return fast_few_rows(policy.model) if is_slow else contextlib.nullcontext()
+        if policy.compute_dtype != torch.float32:
+            return held_casts(policy.model, policy.compute_dtype)
+        return fast_few_rows(policy.model) if policy.device.type == "cpu" else contextlib.nullcontext()
 
     def _candidate(self, ids: list[int], logp: list[float]) -> Candidate:
         stopped = ids[-1] in self.policy.stop_ids
@@ -104,6 +107,17 @@ class TransformersEngine(LocalEngine):
         return rows
 
 
+@contextlib.contextmanager
+def _named_out_of_memory(num_rows: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"out of memory while {num_rows} candidates were decoded together; set rollout.batch_rows to less than that "
+            f"(--resume auto takes it), or lower rollout.max_new_tokens ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _uniforms(prompt_id: str, n: int, sampling: Sampling) -> Iterator[torch.Tensor]:
     for i in range(n):
         generator = torch.Generator().manual_seed(stream_seed(sampling.seed, sampling.step, prompt_id, i))
@@ -117,25 +131,27 @@ class _Decoding:
         self.policy = policy
         self.cache = cache
         self.padding_A = padding_A  # left padding of each row's prompt
+        self.is_padded = bool(padding_A.any())  # asked of the device when rows change, not at every token
         self.position_A = position_A  # position of the next token
         self.logits_AV = torch.empty(0)
 
     @classmethod
     def prefill(cls, policy: Policy, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> _Decoding:
         device = policy.device
-        length_A = torch.tensor([len(ids) for ids in prompts], device=device)
-        longest = int(length_A.max())
+        lengths = [len(ids) for ids in prompts]
+        longest = max(lengths)
+        length_A = on_device(torch.tensor(lengths), device)
         padding_A = longest - length_A
-        token_AP = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+        token_AP = on_device(torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts]), device)
+        state = cls(policy, _new_cache(longest + max_new_tokens), padding_A, length_A)
         key_P = torch.arange(longest, device=device)
         position_AP = (key_P - padding_A[:, None]).clamp(min=0)
         mask = None
-        if bool(padding_A.any()):
+        if state.is_padded:
             visible = key_P[None, None, :] >= padding_A[:, None, None]
             # A padding row attends to itself: a row with nothing visible would be NaN.
             own = torch.eye(longest, dtype=torch.bool, device=device)
             mask = _layer_masks(policy, visible & (key_P[:, None] >= key_P) | own, key_P)
-        state = cls(policy, _new_cache(longest + max_new_tokens), padding_A, length_A)
         state._forward(token_AP, position_AP, mask)
         state.keep([a for a in range(len(prompts)) for _ in range(n)])
         state.logits_AV = state.logits_AV.repeat_interleave(n, dim=0)
@@ -143,13 +159,14 @@ class _Decoding:
 
     def keep(self, rows: list[int]) -> None:
         """Selects (and may repeat) rows of the keys and values, padding and positions."""
-        index = torch.tensor(rows, device=self.policy.device)
+        index = on_device(torch.tensor(rows), self.policy.device)
         self.cache.batch_select_indices(index)
         self.padding_A, self.position_A = self.padding_A[index], self.position_A[index]
+        self.is_padded = bool(self.padding_A.any())
 
     def advance(self, token_A: torch.Tensor) -> None:
         mask = None
-        if bool(self.padding_A.any()):
+        if self.is_padded:
             key_P = torch.arange(self.cache.get_seq_length() + 1, device=token_A.device)
             mask = _layer_masks(self.policy, (key_P >= self.padding_A[:, None])[:, None], key_P[-1:])
         self._forward(token_A[:, None], self.position_A[:, None], mask)
@@ -197,6 +214,8 @@ def _new_cache(capacity: int):
 
     class PreallocatedLayer(DynamicLayer):
         def update(self, key_states, value_states, *args, **kwargs):
+            # Under autocast rotary embeddings leave keys in float32: kept so, all would be cast anew at every token.
+            key_states = key_states.to(value_states.dtype)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
                 self._buffers = tuple(_buffer(states, capacity) for states in (key_states, value_states))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ampo_fast.dispatch import on_device
 from ampo_fast.types import Sampling
 
 
@@ -16,7 +17,7 @@ def sample_tokens(
     """Inverse-CDF sampling: token = first v with CDF(v) > u. Returns (token [A], its log-prob [A]), both after temperature,
     top-k and top-p (what vLLM calls processed log-probs)."""
     logp_AV = torch.log_softmax(_truncate(logits_AV.float() / sampling.temperature, sampling), dim=-1)
-    token_A1 = _inverse_cdf(logp_AV.exp(), uniform_A.to(logp_AV.device))[:, None]
+    token_A1 = _inverse_cdf(logp_AV.exp(), on_device(uniform_A, logp_AV.device))[:, None]
     return token_A1[:, 0], logp_AV.gather(1, token_A1)[:, 0]
 
 
@@ -34,7 +35,7 @@ def _inverse_cdf(p_AV: torch.Tensor, uniform_A: torch.Tensor, block: int = 256) 
     start_A1 = torch.where(block_A1 > 0, ends_AK.gather(1, (block_A1 - 1).clamp(min=0)), 0.0)
     inside_AB = p_AKB.gather(1, block_A1[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
     # Rounding can put the target at or past the block's own end: then its last token of positive mass is the answer.
-    target_A1 = torch.minimum(target_A1 - start_A1, torch.nextafter(inside_AB[:, -1:], inside_AB.new_tensor(0.0)))
+    target_A1 = torch.minimum(target_A1 - start_A1, torch.nextafter(inside_AB[:, -1:], inside_AB.new_zeros(())))
     offset_A1 = torch.searchsorted(inside_AB, target_A1, right=True)
     return (block_A1 * block + offset_A1)[:, 0]
 
