@@ -51,14 +51,22 @@ struct GroupShared {
 
 // --- sides and weights: select_group.cpp, one thread a candidate -----------------------------------------------------------
 
+// By rising value, ties by index. NaN, which the host would have refused, comes after every number: no two candidates have the
+// same place, so every slot below k is filled.
+__device__ inline bool is_before(double value_a, double value_b, int a, int b) {
+  const bool is_nan_a = value_a != value_a, is_nan_b = value_b != value_b;
+  if (is_nan_a != is_nan_b) return is_nan_b;
+  return is_nan_a || value_a == value_b ? a < b : value_a < value_b;
+}
+
 template <int kSize>
 __device__ bool falls(const GroupShared<kSize>& s, int a, int b) {
-  return s.reward[a] != s.reward[b] ? s.reward[a] > s.reward[b] : a < b;
+  return is_before(-s.reward[a], -s.reward[b], a, b);
 }
 
 template <int kSize>
 __device__ bool rises(const GroupShared<kSize>& s, int a, int b) {
-  return s.reward[a] != s.reward[b] ? s.reward[a] < s.reward[b] : a < b;
+  return is_before(s.reward[a], s.reward[b], a, b);
 }
 
 // How many of the marked candidates come before t.

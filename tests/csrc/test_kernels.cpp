@@ -104,6 +104,12 @@ void test_near() {
 }
 
 template <typename Raw, int kSize>
+void select_on_device(const ampo::SelectInput& input, const ampo::SelectOptions& options, const ampo::SelectOutput& output) {
+  cuda_on_cpu::scribble();
+  cuda_on_cpu::launch(unsigned(input.num_groups), ampo::kThreads, [&] { ampo::select_group<Raw, kSize>(input, options, output); });
+}
+
+template <typename Raw, int kSize>
 void test_select(const Raw* raw, const Cloud& cloud, const std::vector<int64_t>& offsets, ampo::Strategy strategy, int64_t k,
                  int64_t num_positives, uint64_t seed) {
   const int64_t num_groups = int64_t(offsets.size()) - 1;
@@ -130,13 +136,38 @@ void test_select(const Raw* raw, const Cloud& cloud, const std::vector<int64_t>&
   const ampo::SelectOutput on_device{positive[1].data(), negative[1].data(), cost[1].data(), bound[1].data(), proven[1].data()};
   ampo::SelectInput given = input;
   given.points.data = raw;
-  cuda_on_cpu::launch(unsigned(num_groups), ampo::kThreads, [&] { ampo::select_group<Raw, kSize>(given, options, on_device); });
+  select_on_device<Raw, kSize>(given, options, on_device);
   expect(positive[1] == positive[0], "positives", int64_t(strategy));
   expect(negative[1] == negative[0], "negatives", int64_t(strategy));
   expect(proven[1] == proven[0], "proven", int64_t(strategy));
   for (int64_t g = 0; g < num_groups; ++g) {
     expect(std::isnan(cost[0][g]) ? std::isnan(cost[1][g]) : cost[0][g] == cost[1][g], "cost", g);
     expect(std::isnan(bound[0][g]) ? std::isnan(bound[1][g]) : bound[0][g] == bound[1][g], "lower bound", g);
+  }
+}
+
+// A GPU is not waited for, so NaN is not refused there: what is chosen must still be candidates, each of them once.
+void test_nan_rewards(ampo::Strategy strategy) {
+  const double nan = std::nan("");
+  const Cloud cloud(6, 5, 7);
+  const std::vector<double> reward{nan, 2, nan, nan, 0.5, nan};
+  const std::vector<uint8_t> valid{1, 1, 1, 1, 1, 0}, anyone(6, 1), first_two{1, 1, 0, 0, 0, 0};
+  const std::vector<int64_t> offsets{0, 6}, keys{1};
+  for (const auto& positive_ok : {anyone, first_two}) {
+    const ampo::SelectInput input{cloud.view(), reward.data(), valid.data(), positive_ok.data(), offsets.data(), keys.data(), 1};
+    std::vector<int64_t> positive(2, -9), negative(2, -9);
+    double cost = 0, bound = 0;
+    uint8_t proven = 9;
+    select_on_device<float, 32>(input, {strategy, 2, 2, false, nan, 0, INFINITY},
+                                {positive.data(), negative.data(), &cost, &bound, &proven});
+    const std::vector<int64_t> expected{1, positive_ok == anyone ? 4 : 0};
+    expect(positive == expected, "positives beside NaN", int64_t(strategy));
+    std::vector<uint8_t> may = valid;
+    for (const int64_t i : positive) may[i] = 0;
+    for (const int64_t i : negative) expect(0 <= i && i < 6 && may[i]-- == 1, "negatives beside NaN", int64_t(strategy));
+    const std::vector<int64_t> lowest = positive_ok == anyone ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{2, 4};
+    expect(strategy != ampo::Strategy::kBottomK || negative == lowest, "the lowest beside NaN", int64_t(strategy));
+    expect(std::isnan(cost), "cost beside NaN", int64_t(strategy));
   }
 }
 
@@ -172,6 +203,10 @@ int main() {
       const Cloud vectors(wide.back(), 104, seed);
       test_select<uint16_t, 64>(vectors.half.data(), vectors, wide, strategy, 8, 2, seed);
     }
+  }
+  for (const ampo::Strategy strategy : {ampo::Strategy::kBottomK, ampo::Strategy::kKCenter, ampo::Strategy::kOptSelect,
+                                        ampo::Strategy::kRandom}) {
+    test_nan_rewards(strategy);
   }
   std::printf("kernels on the CPU: %d checks passed\n", num_checks);
   return 0;
