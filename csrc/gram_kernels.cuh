@@ -101,21 +101,26 @@ __device__ void fill_gram(const Rows16& rows, const Rows16& cols, float (*gram)[
   }
 }
 
-// The squared distance of two points by their differences, the whole block at one pair; the same value in every thread.
-template <typename Left, typename Right>
-__device__ float squared_by_block(const Left& left, const Right& right, int64_t dim, float* partial) {
+// The squared distance of rows i and j by their differences, a warp at one pair: the same value in each of its threads, always
+// summed in the same order. unit_i and unit_j make coordinates of the rows' numbers.
+template <typename UnitI, typename UnitJ>
+__device__ float squared_by_warp(const Rows16& rows, int i, int j, UnitI unit_i, UnitJ unit_j) {
+  constexpr int kAhead = 4;  // loads of each row that are on their way at the same time
   float sum = 0.0f;
-  for (int64_t d = threadIdx.x; d < dim; d += kThreads) {
-    const float difference = left(d) - right(d);
-    sum = fmaf(difference, difference, sum);
+  for (int64_t begin = 8 * (threadIdx.x % kWarp); begin < rows.dim; begin += kAhead * 8 * kWarp) {
+    uint32_t left[kAhead][4], right[kAhead][4];
+    for (int a = 0; a < kAhead; ++a) {
+      rows.take8(i, begin + a * 8 * kWarp, left[a]);
+      rows.take8(j, begin + a * 8 * kWarp, right[a]);
+    }
+    for (int e = 0; e < kAhead * 8; ++e) {
+      const int shift = 16 * (e % 2);
+      const float difference = unit_i(as_float(uint16_t(left[e / 8][e % 8 / 2] >> shift))) -
+                               unit_j(as_float(uint16_t(right[e / 8][e % 8 / 2] >> shift)));
+      sum = fmaf(difference, difference, sum);
+    }
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < kThreads / kWarp; ++w) total += partial[w];
-  __syncthreads();
-  return total;
+  return warp_sum(sum);
 }
 
 }  // namespace ampo

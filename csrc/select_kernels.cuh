@@ -27,7 +27,7 @@ struct GroupShared {
   union {
     float point[kSize][kDims + 1];
     struct {
-      float length[kSize], partial[kThreads / kWarp];
+      float length[kSize];
       int16_t pair[kSize * kSize / 2];
     } near;
   };
@@ -224,12 +224,11 @@ __device__ void fill_squared(const uint16_t* points, int count, int64_t dim, Gro
   }
   if (int(threadIdx.x) < kSize) s.squared[threadIdx.x][threadIdx.x] = 0.0f;
   __syncthreads();
-  for (int n = 0; n < s.num_near; ++n) {
+  const auto as_it_is = [](float value) { return value; };
+  for (int n = threadIdx.x / kWarp; n < s.num_near; n += kThreads / kWarp) {
     const int i = s.near.pair[n] / kSize, j = s.near.pair[n] % kSize;
-    const uint16_t *left = points + i * dim, *right = points + j * dim;
-    const float squared = squared_by_block([=](int64_t d) { return as_float(left[d]); },
-                                           [=](int64_t d) { return as_float(right[d]); }, dim, s.near.partial);
-    if (threadIdx.x == 0) s.squared[i][j] = s.squared[j][i] = squared;
+    const float squared = squared_by_warp(rows, i, j, as_it_is, as_it_is);
+    if (threadIdx.x % kWarp == 0) s.squared[i][j] = s.squared[j][i] = squared;
   }
   __syncthreads();
 }
