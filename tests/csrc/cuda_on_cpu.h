@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __launch_bounds__(...)
 
 struct Index {
   unsigned x;
@@ -60,17 +61,26 @@ inline void __syncthreads() { pthread_barrier_wait(&cuda_on_cpu::barrier); }
 
 namespace ampo {
 
-// The shuffles' order of additions.
-template <typename T>
-T warp_sum(T value) {
+// In the shuffles' order.
+template <typename T, typename Join>
+T over_warp(T value, Join join) {
   const unsigned thread = threadIdx.x;
   for (unsigned width = 16; width > 0; width /= 2) {
     cuda_on_cpu::exchange[thread] = double(value);
     cuda_on_cpu::sync_warp();
-    value += T(cuda_on_cpu::exchange[thread ^ width]);
+    value = join(value, T(cuda_on_cpu::exchange[thread ^ width]));
     cuda_on_cpu::sync_warp();
   }
   return value;
+}
+
+template <typename T>
+T warp_sum(T value) {
+  return over_warp(value, [](T a, T b) { return a + b; });
+}
+
+inline double warp_max(double value) {
+  return over_warp(value, [](double a, double b) { return fmax(a, b); });
 }
 
 // sum += a b as PTX documents the places of mma.m16n8k16's numbers.

@@ -5,9 +5,11 @@
 #include "pairwise_kernels.cuh"
 #include "select_kernels.cuh"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -114,10 +116,19 @@ void test_near(int64_t dim) {
   }
 }
 
+// As select_cuda launches it, 4 groups at a time.
 template <typename Raw, int kSize>
 void select_on_device(const ampo::SelectInput& input, const ampo::SelectOptions& options, const ampo::SelectOutput& output) {
-  cuda_on_cpu::scribble();
-  cuda_on_cpu::launch(unsigned(input.num_groups), ampo::kThreads, [&] { ampo::select_group<Raw, kSize>(input, options, output); });
+  std::vector<float> squared(4 * kSize * kSize, std::nanf(""));
+  for (int64_t first = 0; first < input.num_groups; first += 4) {
+    const ampo::SelectInput part = ampo::groups_from(input, first);
+    const ampo::SelectOutput out = ampo::groups_from(output, options, first);
+    const unsigned num_groups = unsigned(std::min<int64_t>(4, part.num_groups));
+    cuda_on_cpu::scribble();
+    cuda_on_cpu::launch(num_groups, ampo::kThreads, [&] { ampo::group_squared<Raw, kSize>(part, squared.data()); });
+    cuda_on_cpu::scribble();
+    cuda_on_cpu::launch(num_groups, kSize, [&] { ampo::select_group<kSize>(part, options, squared.data(), out); });
+  }
 }
 
 template <typename Raw, int kSize>
@@ -127,7 +138,8 @@ void test_select(const Raw* raw, const Cloud& cloud, const std::vector<int64_t>&
   const ampo::Random random(seed, 1, ampo::kRandomStrategy);
   std::vector<double> reward;
   std::vector<uint8_t> valid, positive_ok;
-  std::vector<int64_t> keys(num_groups, 5);
+  std::vector<int64_t> keys(num_groups);
+  std::iota(keys.begin(), keys.end(), 5);
   for (uint64_t i = 0; i < uint64_t(cloud.count); ++i) {
     // A third of the seeds has weights from 1 down to e^-160: the costs are cut off and rounded again.
     reward.push_back(double(random.bits(3 * i) % 5) / 4 * (seed == 2 ? 160 : 1));
@@ -155,6 +167,19 @@ void test_select(const Raw* raw, const Cloud& cloud, const std::vector<int64_t>&
     expect(std::isnan(cost[0][g]) ? std::isnan(cost[1][g]) : cost[0][g] == cost[1][g], "cost", g);
     expect(std::isnan(bound[0][g]) ? std::isnan(bound[1][g]) : bound[0][g] == bound[1][g], "lower bound", g);
   }
+}
+
+// One entry much dearer than all others, wherever a thread finds it, sets the scale.
+template <int kSize>
+void test_scale_is_of_the_dearest(int dearest) {
+  const std::vector<float> squared(kSize * kSize, 1.0f);
+  auto& s = *reinterpret_cast<ampo::GroupShared<kSize>*>(cuda_on_cpu::shared);
+  cuda_on_cpu::scribble();
+  s.squared = squared.data();
+  s.num_facilities = s.k = 1, s.num_clients = kSize, s.eligible[0] = 0;
+  for (int c = 0; c < kSize; ++c) s.client[c] = int16_t(c), s.weight[c] = c == dearest ? 1024.0 : 1.0;
+  cuda_on_cpu::launch(1, kSize, [&] { ampo::fill_costs(s, INFINITY); });
+  expect(s.scale == ampo::exact_scale(1024.0, 2.0 * kSize), "scale of the costs", dearest);
 }
 
 // A GPU is not waited for, so NaN is not refused there: what is chosen must still be candidates, each of them once.
@@ -217,6 +242,8 @@ int main() {
       test_select<uint16_t, 64>(near.half.data(), near, wide, strategy, 8, 2, seed);
     }
   }
+  for (const int dearest : {0, 1, 30, 31}) test_scale_is_of_the_dearest<32>(dearest);
+  for (const int dearest : {0, 31, 32, 63}) test_scale_is_of_the_dearest<64>(dearest);
   for (const ampo::Strategy strategy : {ampo::Strategy::kBottomK, ampo::Strategy::kKCenter, ampo::Strategy::kOptSelect,
                                         ampo::Strategy::kRandom}) {
     test_nan_rewards(strategy);
