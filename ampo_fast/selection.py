@@ -68,8 +68,8 @@ def select_responses(
         keys: int64 [B], stable ids that seed "random" and "coreset" together with `seed`.
         impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
-        ValueError: k < 1, an unknown strategy, shapes that do not fit; on a CPU also NaN among the valid and distances
-            beyond float32 (a GPU is not waited for: there they give a cost of NaN or infinity).
+        ValueError: k < 1, an unknown strategy, shapes that do not fit; where the host selects also NaN among the valid and
+            distances beyond float32 (a GPU is not waited for: there they give a cost of NaN or infinity).
     """
     check_choice("impl", impl, IMPLS)
     check_choice("strategy", strategy, STRATEGIES)
@@ -99,7 +99,7 @@ def select_responses(
         valid=_mask("valid", valid, rewards),
         positive_ok=_mask("positive_ok", positive_ok, rewards),
         offsets=offsets,
-        keys=_keys(keys, num_groups),
+        keys=_keys(keys, num_groups, rewards.device),
         k=k,
         positives=positives,
         strategy=strategy,
@@ -108,12 +108,14 @@ def select_responses(
         seed=seed,
         time_limit=time_limit,
     )
+    impl = resolve_impl(impl, problem.points, _why_not_select_cuda(problem))
+    if impl != "cuda":
+        problem = problem.to(torch.device("cpu"))
+    # After the copy: on the host the values can be looked at for nothing, wherever they came from.
     _check_finite_where("rewards", problem.rewards, problem.valid)
     _check_finite_where("embeddings", problem.points, problem.valid)
-    impl = resolve_impl(impl, problem.points, _why_not_select_cuda(problem))
     if impl == "cuda":
         return _select_cuda(problem)
-    problem = problem.to(torch.device("cpu"))
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
     _check_costs(chosen)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
@@ -279,9 +281,9 @@ def _sides(
     return chosen, eligible, counted
 
 
-def _keys(keys: torch.Tensor | None, num_groups: int) -> torch.Tensor:
+def _keys(keys: torch.Tensor | None, num_groups: int, device: torch.device) -> torch.Tensor:
     if keys is None:
-        return torch.arange(num_groups)
+        return torch.arange(num_groups, device=device)
     check_tensor("keys", keys)
     if keys.shape != (num_groups,) or keys.dtype != torch.int64:
         raise ValueError(f"keys must be int64 [{num_groups}], got {keys.dtype} {tuple(keys.shape)}")

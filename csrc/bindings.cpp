@@ -153,6 +153,7 @@ T* device(uintptr_t address) {
 }
 
 ampo::Points view_device(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim) {
+  AMPO_CHECK(dim < int64_t(1) << 30, "a point has too many dimensions: the kernels count them in 32 bits");
   return {device<const void>(pointer), is_bfloat16 ? ampo::Dtype::kBfloat16 : ampo::Dtype::kFloat32, count, dim};
 }
 
@@ -185,7 +186,7 @@ void select_cuda(uintptr_t pointer, bool is_bfloat16, int64_t count, int64_t dim
                                 offsets.data(),
                                 device<const int64_t>(keys_pointer),
                                 checked_groups(offsets, count)};
-  AMPO_CHECK(1 <= k && k <= ampo::kMaxCudaK && ampo::largest_group(input) <= ampo::kMaxCudaGroup, "too large for one block a group");
+  AMPO_CHECK(1 <= k && k <= ampo::kMaxCudaK && ampo::largest_group(input) <= ampo::kMaxCudaGroup, "too large for a block of threads a group");
   AMPO_CHECK(out_pointers.size() == 5, "five outputs");
   const ampo::SelectOptions options{ampo::Strategy(strategy), k, num_positives, cover_positives, tie_tol, seed, INFINITY};
   AMPO_CHECK(options.strategy != ampo::Strategy::kCoreset && options.strategy != ampo::Strategy::kOptSelectExact,

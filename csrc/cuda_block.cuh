@@ -1,6 +1,6 @@
-// What the kernels share: numbers from float32 or bfloat16 memory, a block's shared memory, a warp's sum.
+// What the kernels share: numbers from float32 or bfloat16 memory, a block's shared memory, a warp's sum and maximum.
 //
-// The kernels use threads, blocks, shared memory, __syncthreads and warp_sum, nothing else, so that a test can run the same
+// The kernels use threads, blocks, shared memory, __syncthreads, warp_sum and warp_max, nothing else, so that a test can run the same
 // text on a CPU with one thread for each of a block's (tests/csrc/cuda_on_cpu.h).
 #pragma once
 
@@ -22,6 +22,11 @@ __device__ inline float warp_sum(float value) {
 
 __device__ inline double warp_sum(double value) {
   for (int width = 16; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);
+  return value;
+}
+
+__device__ inline double warp_max(double value) {
+  for (int width = 16; width > 0; width /= 2) value = fmax(value, __shfl_xor_sync(0xffffffffu, value, width));
   return value;
 }
 #endif

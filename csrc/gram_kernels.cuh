@@ -35,17 +35,17 @@ struct QuadRows {
 struct Rows16 {
   const uint16_t* first;
   int count;
-  int64_t dim;
+  int dim;
   bool is_aligned;  // every eighth number lies on 16 bytes
 
   __device__ Rows16(const uint16_t* first, int count, int64_t dim)
-      : first(first), count(count), dim(dim), is_aligned(dim % 8 == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0) {}
+      : first(first), count(count), dim(int(dim)), is_aligned(dim % 8 == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0) {}
 
   // Zeros beyond the rows and beyond dim.
-  __device__ void take8(int row, int64_t d, uint32_t (&pair)[4]) const {
+  __device__ void take8(int row, int d, uint32_t (&pair)[4]) const {
     for (int p = 0; p < 4; ++p) pair[p] = 0;
     if (row >= count || d >= dim) return;
-    const uint16_t* at = first + row * dim + d;
+    const uint16_t* at = first + int64_t(row) * dim + d;
     if (is_aligned) {
       const auto four = *reinterpret_cast<const Chunk<uint32_t, 4>*>(at);
       for (int p = 0; p < 4; ++p) pair[p] = four.value[p];
@@ -54,7 +54,7 @@ struct Rows16 {
     for (int e = 0; e < 8 && d + e < dim; ++e) pair[e / 2] |= uint32_t(at[e]) << (16 * (e % 2));
   }
 
-  __device__ void take(int row, int64_t d, QuadRows& into) const {
+  __device__ void take(int row, int d, QuadRows& into) const {
     const int lane = threadIdx.x % kWarp;
     for (int b = 0; b < kQuad / 8; ++b) take8(row + 8 * b + lane / 4, d + 8 * (lane % 4), into.pair[b]);
   }
@@ -83,7 +83,7 @@ __device__ void fill_gram(const Rows16& rows, const Rows16& cols, float (*gram)[
   const int row0 = warp / kSide % kSide * kQuad, col0 = warp % kSide * kQuad;
   float sum[2][4][4] = {};
   // Every warp goes the same number of rounds, the last ones with zeros.
-  for (int64_t d = split * 32; d - split * 32 < rows.dim; d += kSplits * 32) {
+  for (int d = split * 32; d - split * 32 < rows.dim; d += kSplits * 32) {
     QuadRows mine, theirs;
     rows.take(row0, d, mine);
     if (!kSame || kSide > 1) cols.take(col0, d, theirs);
@@ -101,21 +101,26 @@ __device__ void fill_gram(const Rows16& rows, const Rows16& cols, float (*gram)[
   }
 }
 
-// The squared distance of two points by their differences, the whole block at one pair; the same value in every thread.
-template <typename Left, typename Right>
-__device__ float squared_by_block(const Left& left, const Right& right, int64_t dim, float* partial) {
+// The squared distance of rows i and j by their differences, a warp at one pair: the same value in each of its threads, always
+// summed in the same order. unit_i and unit_j make coordinates of the rows' numbers.
+template <typename UnitI, typename UnitJ>
+__device__ float squared_by_warp(const Rows16& rows, int i, int j, UnitI unit_i, UnitJ unit_j) {
+  constexpr int kAhead = 4;  // loads of each row that are on their way at the same time
   float sum = 0.0f;
-  for (int64_t d = threadIdx.x; d < dim; d += kThreads) {
-    const float difference = left(d) - right(d);
-    sum = fmaf(difference, difference, sum);
+  for (int begin = 8 * int(threadIdx.x % kWarp); begin < rows.dim; begin += kAhead * 8 * kWarp) {
+    uint32_t left[kAhead][4], right[kAhead][4];
+    for (int a = 0; a < kAhead; ++a) {
+      rows.take8(i, begin + a * 8 * kWarp, left[a]);
+      rows.take8(j, begin + a * 8 * kWarp, right[a]);
+    }
+    for (int e = 0; e < kAhead * 8; ++e) {
+      const int shift = 16 * (e % 2);
+      const float difference = unit_i(as_float(uint16_t(left[e / 8][e % 8 / 2] >> shift))) -
+                               unit_j(as_float(uint16_t(right[e / 8][e % 8 / 2] >> shift)));
+      sum = fmaf(difference, difference, sum);
+    }
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < kThreads / kWarp; ++w) total += partial[w];
-  __syncthreads();
-  return total;
+  return warp_sum(sum);
 }
 
 }  // namespace ampo

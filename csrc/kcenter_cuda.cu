@@ -7,9 +7,26 @@
 namespace ampo {
 namespace {
 
+// As many blocks as the device holds at once, so that a step is one wave; what a block needs depends on dim.
+template <typename Raw, int kWidth>
+int num_blocks(int64_t num_points, size_t shared_bytes) {
+  int device = 0, processors = 0, per_processor = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, pool_step<Raw, kWidth>, kThreads, shared_bytes),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  constexpr int64_t kWarps = kThreads / kWarp;
+  return int(std::min<int64_t>(int64_t(per_processor) * processors, (num_points + kWarps - 1) / kWarps));
+}
+
+// Gives args what they lack: nearest, partial, num_blocks.
 template <typename Raw, int kWidth>
 void run(PoolArgs args, int64_t k, cudaStream_t stream) {
   const size_t shared_bytes = sizeof(PoolShared) + sizeof(float) * size_t(args.dim);
+  args.num_blocks = num_blocks<Raw, kWidth>(args.count, shared_bytes);
+  const DeviceBuffer<float> nearest(args.count, stream);
+  const DeviceBuffer<Farthest> partial(2 * args.num_blocks, stream);
+  args.nearest = nearest.data(), args.partial = partial.data();
   for (int64_t step = 0; step < k; ++step) {
     const bool is_last = step == k - 1;
     pool_step<Raw, kWidth><<<is_last ? 1 : args.num_blocks, kThreads, shared_bytes, stream>>>(args, step, is_last);
@@ -27,14 +44,7 @@ void kcenter_cuda(const Points& points, int64_t k, const std::vector<int64_t>& s
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   const std::vector<int64_t> first = seeds.empty() ? std::vector<int64_t>{0} : seeds;
   cuda_check(cudaMemcpyAsync(chosen, first.data(), sizeof(int64_t) * first.size(), cudaMemcpyHostToDevice, stream), "seeds");
-  int device = 0, processors = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  const int num_blocks = int(std::min<int64_t>(8 * processors, (points.count + kThreads / kWarp - 1) / (kThreads / kWarp)));
-  const DeviceBuffer<float> nearest(points.count, stream);
-  const DeviceBuffer<Farthest> partial(2 * num_blocks, stream);
-  const PoolArgs args{points.data,    points.count,         points.dim, nearest.data(), chosen,
-                      partial.data(), int64_t(first.size()), num_blocks};
+  const PoolArgs args{points.data, points.count, points.dim, nullptr, chosen, nullptr, int64_t(first.size()), 0};
   if (points.dtype == Dtype::kBfloat16) {
     is_aligned(points, 2) ? run<uint16_t, 8>(args, k, stream) : run<uint16_t, 1>(args, k, stream);
   } else {

@@ -37,7 +37,7 @@ struct PairwiseShared {
 
 template <>
 struct PairwiseShared<uint16_t> {
-  float gram[kSide][kSide + 1], partial[kThreads / kWarp];
+  float gram[kSide][kSide + 1];
   int num_near;
   int16_t pair[kSide * kSide];
 };
@@ -53,12 +53,20 @@ __global__ void point_lengths(const void* points, int64_t count, int64_t dim, do
   if (i < count && threadIdx.x % kWarp == 0) length[i] = sqrt(sum);
 }
 
+// Makes coordinates of a point's numbers: cosine's points are of length 1, or 0.
+struct Unit {
+  bool is_scaled;
+  double scale;
+
+  __device__ Unit(const PairwiseArgs& args, int64_t point) : is_scaled(args.metric == Metric::kCosine), scale(0.0) {
+    if (is_scaled && args.length[point] != 0.0) scale = 1.0 / args.length[point];
+  }
+  __device__ float operator()(float value) const { return is_scaled ? float(double(value) * scale) : value; }
+};
+
 template <typename Raw>
 __device__ float coordinate(const PairwiseArgs& args, int64_t point, int64_t d) {
-  const float value = as_float(static_cast<const Raw*>(args.points)[point * args.dim + d]);
-  if (args.metric != Metric::kCosine) return value;
-  const double length = args.length[point];
-  return length == 0.0 ? 0.0f : float(double(value) * (1.0 / length));
+  return Unit(args, point)(as_float(static_cast<const Raw*>(args.points)[point * args.dim + d]));
 }
 
 template <typename Raw>
@@ -116,9 +124,10 @@ __global__ void pairwise_tile<uint16_t>(PairwiseArgs args) {
   AMPO_SHARED(PairwiseShared<uint16_t>, s);
   const Tile tile = args.tile[blockIdx.x];
   const int64_t row_first = int64_t(tile.row) * kSide, col_first = int64_t(tile.col) * kSide;
+  const uint16_t* group = static_cast<const uint16_t*>(args.points) + tile.begin * args.dim;
   const auto rows_from = [&](int64_t first) {
     const int64_t left = tile.count - first;
-    return Rows16(static_cast<const uint16_t*>(args.points) + (tile.begin + first) * args.dim, int(left < kSide ? left : kSide), args.dim);
+    return Rows16(group + first * args.dim, int(left < kSide ? left : kSide), args.dim);
   };
   if (threadIdx.x == 0) s.num_near = 0;
   fill_gram<kSide, false>(rows_from(row_first), rows_from(col_first), s.gram);
@@ -133,12 +142,11 @@ __global__ void pairwise_tile<uint16_t>(PairwiseArgs args) {
     args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, squared);
   }
   __syncthreads();
-  for (int n = 0; n < s.num_near; ++n) {
-    const int64_t i = row_first + s.pair[n] / kSide, j = col_first + s.pair[n] % kSide;
-    const float squared = squared_by_block([&](int64_t d) { return coordinate<uint16_t>(args, tile.begin + i, d); },
-                                           [&](int64_t d) { return coordinate<uint16_t>(args, tile.begin + j, d); }, args.dim,
-                                           s.partial);
-    if (threadIdx.x == 0) args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, squared);
+  const Rows16 rows(group, int(tile.count), args.dim);
+  for (int n = threadIdx.x / kWarp; n < s.num_near; n += kThreads / kWarp) {
+    const int i = int(row_first) + s.pair[n] / kSide, j = int(col_first) + s.pair[n] % kSide;
+    const float squared = squared_by_warp(rows, i, j, Unit(args, tile.begin + i), Unit(args, tile.begin + j));
+    if (threadIdx.x % kWarp == 0) args.out[tile.out + i * tile.count + j] = from_squared(args, tile, i, j, squared);
   }
 }
 

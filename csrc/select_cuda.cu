@@ -7,12 +7,21 @@
 namespace ampo {
 namespace {
 
+// Of the distances between the two kernels: little enough to stay in a large GPU's cache.
+constexpr int64_t kScratchBytes = int64_t(32) << 20;
+
 template <typename Raw, int kSize>
 void launch(const SelectInput& input, const SelectOptions& options, const SelectOutput& output, cudaStream_t stream) {
-  const int bytes = int(sizeof(GroupShared<kSize>));
-  cuda_check(cudaFuncSetAttribute(select_group<Raw, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             "shared memory of the selector");
-  select_group<Raw, kSize><<<dim3(unsigned(input.num_groups)), kThreads, bytes, stream>>>(input, options, output);
+  constexpr size_t kSquaredBytes = sizeof(SquaredShared<Raw, kSize>), kGroupBytes = sizeof(GroupShared<kSize>);
+  static_assert(kSquaredBytes <= 48 * 1024 && kGroupBytes <= 48 * 1024, "more shared memory has to be asked for");
+  constexpr int64_t kEntries = int64_t(kSize) * kSize, kGroups = kScratchBytes / int64_t(sizeof(float)) / kEntries;
+  const DeviceBuffer<float> squared(std::min(kGroups, input.num_groups) * kEntries, stream);
+  for (int64_t first = 0; first < input.num_groups; first += kGroups) {
+    const SelectInput part = groups_from(input, first);
+    const dim3 blocks(unsigned(std::min(kGroups, part.num_groups)));
+    group_squared<Raw, kSize><<<blocks, kThreads, kSquaredBytes, stream>>>(part, squared.data());
+    select_group<kSize><<<blocks, kSize, kGroupBytes, stream>>>(part, options, squared.data(), groups_from(output, options, first));
+  }
   cuda_check(cudaGetLastError(), "selector");
 }
 

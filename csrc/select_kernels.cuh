@@ -1,6 +1,9 @@
-// One block a group: its sides and weights, distances, the strategy, the cost; everything of a group stays in shared memory.
-// Sides and weights have the bits of select_group.cpp's. All costs are rounded as on the CPU (coverage.h), so sums are exact
-// in any order and the same distances give the same choice.
+// Two kernels. group_squared fills the squared distances of each group, a block of kThreads reading its points once.
+// select_group does the rest with a thread a candidate: it waits more than it computes, and its blocks are small so that many
+// groups share a processor.
+//
+// Sides and weights have the bits of select_group.cpp's. All costs are rounded as on the CPU (coverage.h), so sums are exact in
+// any order and the same distances give the same choice.
 //
 // Compile with -fmad=false: a fused multiply-add would round costs differently from the CPU. fmaf is named where wanted.
 #pragma once
@@ -18,27 +21,99 @@
 namespace ampo {
 
 constexpr int kMaxChosen = int(kMaxCudaK);
-constexpr int kDims = 32;  // of a point that lie in shared memory at a time
 constexpr int kNothing = -1;
+constexpr int kDims = 32;  // of a point that lie in shared memory at a time
+
+// --- distances ---------------------------------------------------------------------------------------------------------
+
+template <typename Raw, int kSize>
+struct SquaredShared {
+  float point[kSize][kDims + 1];
+};
+
+template <int kSize>
+struct SquaredShared<uint16_t, kSize> {
+  float gram[kSize][kSize + 1];
+  int num_near;
+  int16_t pair[kSize * kSize / 2];
+};
+
+// squared[i][j] for all pairs: a thread holds kSize / 16 rows by as many columns. d(i, j) = d(j, i) bit for bit.
+template <typename Raw, int kSize>
+__device__ void fill_squared(const Raw* points, int count, int64_t dim, SquaredShared<Raw, kSize>& s, float* squared) {
+  constexpr int kTile = kSize / 16;
+  const int row0 = threadIdx.x / 16, col0 = threadIdx.x % 16;
+  float sum[kTile][kTile] = {};
+  for (int64_t begin = 0; begin < dim; begin += kDims) {
+    for (int e = threadIdx.x; e < kSize * kDims; e += kThreads) {
+      const int i = e / kDims, d = e % kDims;
+      s.point[i][d] = i < count && begin + d < dim ? as_float(points[i * dim + begin + d]) : 0.0f;
+    }
+    __syncthreads();
+    for (int d = 0; d < kDims; ++d) {
+      float row[kTile], col[kTile];
+      for (int t = 0; t < kTile; ++t) row[t] = s.point[row0 + 16 * t][d], col[t] = s.point[col0 + 16 * t][d];
+      for (int r = 0; r < kTile; ++r) {
+        for (int c = 0; c < kTile; ++c) sum[r][c] = fmaf(row[r] - col[c], row[r] - col[c], sum[r][c]);
+      }
+    }
+    __syncthreads();
+  }
+  for (int r = 0; r < kTile; ++r) {
+    for (int c = 0; c < kTile; ++c) squared[(row0 + 16 * r) * kSize + col0 + 16 * c] = sum[r][c];
+  }
+}
+
+// The same by the tensor cores. A pair's own products decide whether it is near, so any order of the near ones gives the same
+// bits.
+template <int kSize>
+__device__ void fill_squared(const uint16_t* points, int count, int64_t dim, SquaredShared<uint16_t, kSize>& s, float* squared) {
+  const Rows16 rows(points, count, dim);
+  if (threadIdx.x == 0) s.num_near = 0;
+  fill_gram<kSize, true>(rows, rows, s.gram);
+  for (int e = threadIdx.x; e < kSize * kSize; e += kThreads) {
+    const int row = e / kSize, col = e % kSize, i = row < col ? row : col, j = row < col ? col : row;
+    const float lengths = s.gram[i][i] + s.gram[j][j], apart = lengths - 2.0f * s.gram[i][j];
+    squared[e] = i == j ? 0.0f : apart;
+    if (row < col && j < count && !(apart > kClose * lengths)) s.pair[atomicAdd(&s.num_near, 1)] = int16_t(e);
+  }
+  __syncthreads();
+  const auto as_it_is = [](float value) { return value; };
+  for (int n = threadIdx.x / kWarp; n < s.num_near; n += kThreads / kWarp) {
+    const int i = s.pair[n] / kSize, j = s.pair[n] % kSize;
+    const float near = squared_by_warp(rows, i, j, as_it_is, as_it_is);
+    if (threadIdx.x % kWarp == 0) squared[i * kSize + j] = squared[j * kSize + i] = near;
+  }
+}
+
+// Blocks that share a processor's registers: as many as they hold without spills.
+template <typename Raw, int kSize>
+constexpr int kSharing = sizeof(Raw) == sizeof(float) ? 6 : kSize == 32 ? 4 : 3;
+
+// [groups, kSize, kSize]; what lies beyond a group's candidates is never read.
+template <typename Raw, int kSize>
+__global__ void __launch_bounds__(kThreads, kSharing<Raw, kSize>) group_squared(SelectInput input, float* squared) {
+  using Shared = SquaredShared<Raw, kSize>;
+  AMPO_SHARED(Shared, s);
+  const int64_t begin = input.offsets[blockIdx.x], dim = input.points.dim;
+  const int count = int(input.offsets[blockIdx.x + 1] - begin);
+  if (count < 2) return;  // nothing to choose
+  const Raw* points = static_cast<const Raw*>(input.points.data) + begin * dim;
+  fill_squared(points, count, dim, s, squared + int64_t(blockIdx.x) * kSize * kSize);
+}
+
+// --- one group ---------------------------------------------------------------------------------------------------------
 
 template <int kSize>
 struct GroupShared {
-  float squared[kSize][kSize + 1];
-  union {
-    float point[kSize][kDims + 1];
-    struct {
-      float length[kSize], partial[kThreads / kWarp];
-      int16_t pair[kSize * kSize / 2];
-    } near;
-  };
-  int num_near;
+  const float* squared;           // [kSize, kSize] of the group, in global memory
   double cost[kSize][kSize + 1];  // [facility, client], rounded
   double first[kSize], second[kSize];  // of a client: the costs of its nearest and second nearest chosen facility
   int slot[kSize];                     // of that nearest one
   double value[kSize];                 // of a facility: its gain, or the change when it comes in
   int out[kSize];                      // of a facility: the slot it would replace
   double loss[kMaxChosen];
-  double reduced[kThreads];
+  double reduced[kSize / kWarp];
   int chosen[kMaxChosen], other[kMaxChosen];
   double reward[kSize];     // of a candidate
   uint64_t ticket[kSize];   // of a candidate: what Group::random_choice draws
@@ -51,14 +126,22 @@ struct GroupShared {
 
 // --- sides and weights: select_group.cpp, one thread a candidate -----------------------------------------------------------
 
+// By rising value, ties by index. NaN, which the host would have refused, comes after every number: no two candidates have the
+// same place, so every slot below k is filled.
+__device__ inline bool is_before(double value_a, double value_b, int a, int b) {
+  const bool is_nan_a = value_a != value_a, is_nan_b = value_b != value_b;
+  if (is_nan_a != is_nan_b) return is_nan_b;
+  return is_nan_a || value_a == value_b ? a < b : value_a < value_b;
+}
+
 template <int kSize>
 __device__ bool falls(const GroupShared<kSize>& s, int a, int b) {
-  return s.reward[a] != s.reward[b] ? s.reward[a] > s.reward[b] : a < b;
+  return is_before(-s.reward[a], -s.reward[b], a, b);
 }
 
 template <int kSize>
 __device__ bool rises(const GroupShared<kSize>& s, int a, int b) {
-  return s.reward[a] != s.reward[b] ? s.reward[a] < s.reward[b] : a < b;
+  return is_before(s.reward[a], s.reward[b], a, b);
 }
 
 // How many of the marked candidates come before t.
@@ -152,7 +235,7 @@ __device__ bool take_group(const SelectInput& input, const SelectOptions& option
                            int count, GroupShared<kSize>& s) {
   const int t = threadIdx.x;
   int64_t* positive = output.positive + int64_t(blockIdx.x) * options.num_positives;
-  for (int64_t p = t; p < options.num_positives; p += kThreads) positive[p] = -1;
+  for (int64_t p = t; p < options.num_positives; p += kSize) positive[p] = -1;
   const int place = take_sides(input, options, begin, count, s);
   const int num_eligible = num_marked(s.is_eligible, count);
   if (num_eligible == 0 || num_marked(s.is_positive, count) == 0) return false;
@@ -169,66 +252,16 @@ __device__ bool take_group(const SelectInput& input, const SelectOptions& option
   return true;
 }
 
-// --- distances ---------------------------------------------------------------------------------------------------------
+// --- costs -------------------------------------------------------------------------------------------------------------
 
-// squared[i][j] for all pairs: a thread holds kSize / 16 rows by as many columns. d(i, j) = d(j, i) bit for bit.
-template <typename Raw, int kSize>
-__device__ void fill_squared(const Raw* points, int count, int64_t dim, GroupShared<kSize>& s) {
-  constexpr int kTile = kSize / 16;
-  const int row0 = threadIdx.x / 16, col0 = threadIdx.x % 16;
-  float sum[kTile][kTile] = {};
-  for (int64_t begin = 0; begin < dim; begin += kDims) {
-    for (int e = threadIdx.x; e < kSize * kDims; e += kThreads) {
-      const int i = e / kDims, d = e % kDims;
-      s.point[i][d] = i < count && begin + d < dim ? as_float(points[i * dim + begin + d]) : 0.0f;
-    }
-    __syncthreads();
-    for (int d = 0; d < kDims; ++d) {
-      float row[kTile], col[kTile];
-      for (int t = 0; t < kTile; ++t) row[t] = s.point[row0 + 16 * t][d], col[t] = s.point[col0 + 16 * t][d];
-      for (int r = 0; r < kTile; ++r) {
-        for (int c = 0; c < kTile; ++c) sum[r][c] = fmaf(row[r] - col[c], row[r] - col[c], sum[r][c]);
-      }
-    }
-    __syncthreads();
-  }
-  for (int r = 0; r < kTile; ++r) {
-    for (int c = 0; c < kTile; ++c) s.squared[row0 + 16 * r][col0 + 16 * c] = sum[r][c];
-  }
-  __syncthreads();
-}
-
-// The same by the tensor cores. A block of its own decides which pairs are near, so any order of them gives the same bits.
 template <int kSize>
-__device__ void fill_squared(const uint16_t* points, int count, int64_t dim, GroupShared<kSize>& s) {
-  const Rows16 rows(points, count, dim);
-  fill_gram<kSize, true>(rows, rows, s.squared);
-  if (int(threadIdx.x) < kSize) s.near.length[threadIdx.x] = s.squared[threadIdx.x][threadIdx.x];
-  if (threadIdx.x == 0) s.num_near = 0;
-  __syncthreads();
-  for (int e = threadIdx.x; e < kSize * kSize; e += kThreads) {
-    const int i = e / kSize, j = e % kSize;
-    if (i >= j || j >= count) continue;
-    const float lengths = s.near.length[i] + s.near.length[j];
-    const float squared = lengths - 2.0f * s.squared[i][j];
-    if (!(squared > kClose * lengths)) s.near.pair[atomicAdd(&s.num_near, 1)] = int16_t(e);
-    s.squared[i][j] = s.squared[j][i] = squared;
-  }
-  if (int(threadIdx.x) < kSize) s.squared[threadIdx.x][threadIdx.x] = 0.0f;
-  __syncthreads();
-  for (int n = 0; n < s.num_near; ++n) {
-    const int i = s.near.pair[n] / kSize, j = s.near.pair[n] % kSize;
-    const uint16_t *left = points + i * dim, *right = points + j * dim;
-    const float squared = squared_by_block([=](int64_t d) { return as_float(left[d]); },
-                                           [=](int64_t d) { return as_float(right[d]); }, dim, s.near.partial);
-    if (threadIdx.x == 0) s.squared[i][j] = s.squared[j][i] = squared;
-  }
-  __syncthreads();
+__device__ float squared(const GroupShared<kSize>& s, int64_t i, int64_t j) {
+  return s.squared[i * kSize + j];
 }
 
 template <int kSize>
 __device__ double distance(const GroupShared<kSize>& s, int facility, int client) {
-  return double(sqrtf(s.squared[s.eligible[facility]][s.client[client]]));
+  return double(sqrtf(squared(s, s.eligible[facility], s.client[client])));
 }
 
 // Rounded, none dearer than `limit`.
@@ -236,20 +269,21 @@ template <int kSize>
 __device__ void fill_costs(GroupShared<kSize>& s, double limit) {
   const int entries = s.num_facilities * s.num_clients;
   double largest = 0.0;
-  for (int e = threadIdx.x; e < entries; e += kThreads) {
+  for (int e = threadIdx.x; e < entries; e += kSize) {
     const int f = e / s.num_clients, c = e % s.num_clients;
     const double cost = s.weight[c] * distance(s, f, c);
     s.cost[f][c] = limit < cost ? limit : cost;
     largest = fmax(largest, s.cost[f][c]);
   }
-  s.reduced[threadIdx.x] = largest;
+  largest = warp_max(largest);
+  if (threadIdx.x % kWarp == 0) s.reduced[threadIdx.x / kWarp] = largest;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int t = 1; t < kThreads; ++t) largest = fmax(largest, s.reduced[t]);
+    for (int w = 1; w < kSize / kWarp; ++w) largest = fmax(largest, s.reduced[w]);
     s.scale = exact_scale(largest, double(s.num_clients) * double(s.k + 1));
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < entries; e += kThreads) {
+  for (int e = threadIdx.x; e < entries; e += kSize) {
     double& cost = s.cost[e / s.num_clients][e % s.num_clients];
     cost = rint(cost * s.scale);
   }
@@ -396,7 +430,7 @@ template <int kSize>
 __device__ bool is_free(const GroupShared<kSize>& s) {
   for (int i = 0; i < s.num_clients; ++i) {
     float nearest = INFINITY;
-    for (int t = 0; t < s.k; ++t) nearest = fminf(nearest, s.squared[s.eligible[s.chosen[t]]][s.client[i]]);
+    for (int t = 0; t < s.k; ++t) nearest = fminf(nearest, squared(s, s.eligible[s.chosen[t]], s.client[i]));
     if (s.weight[i] * double(sqrtf(nearest)) > 0.0) return false;
   }
   return true;
@@ -443,13 +477,13 @@ __device__ void k_center(GroupShared<kSize>& s, const int64_t* positive, int64_t
   const bool is_mine = j < s.num_facilities;
   float nearest = INFINITY;
   for (int64_t p = 0; is_mine && p < num_positives && positive[p] >= 0; ++p) {
-    nearest = fminf(nearest, s.squared[s.eligible[j]][positive[p]]);
+    nearest = fminf(nearest, squared(s, s.eligible[j], positive[p]));
   }
   for (int num = 0; num < s.k; ++num) {
     if (is_mine) s.value[j] = is_in(s, s.chosen, num, j) ? -1.0 : double(nearest);
     pick_largest(s);
     if (j == 0) s.chosen[num] = s.pick;
-    if (is_mine) nearest = fminf(nearest, s.squared[s.eligible[j]][s.eligible[s.pick]]);
+    if (is_mine) nearest = fminf(nearest, squared(s, s.eligible[j], s.eligible[s.pick]));
     __syncthreads();
   }
 }
@@ -461,7 +495,7 @@ __device__ void write_group(const SelectOptions& options, const SelectOutput& ou
   const int t = threadIdx.x;
   if (t < s.num_clients) {
     float nearest = INFINITY;
-    for (int c = 0; c < s.k; ++c) nearest = fminf(nearest, s.squared[s.eligible[s.chosen[c]]][s.client[t]]);
+    for (int c = 0; c < s.k; ++c) nearest = fminf(nearest, squared(s, s.eligible[s.chosen[c]], s.client[t]));
     s.value[t] = double(sqrtf(nearest));
     s.first[t] = s.weight[t] * s.value[t];
   }
@@ -485,14 +519,16 @@ __device__ void write_group(const SelectOptions& options, const SelectOutput& ou
   output.proven[blockIdx.x] = bound >= cost && (s.bound == INFINITY || !has_lost);
 }
 
-template <typename Raw, int kSize>
-__global__ void select_group(SelectInput input, SelectOptions options, SelectOutput output) {
+// A block of kSize threads a group, its squared distances from group_squared.
+template <int kSize>
+__global__ void select_group(SelectInput input, SelectOptions options, const float* squared, SelectOutput output) {
   AMPO_SHARED(GroupShared<kSize>, s);
-  const int64_t begin = input.offsets[blockIdx.x], dim = input.points.dim;
+  const int64_t begin = input.offsets[blockIdx.x];
   const int count = int(input.offsets[blockIdx.x + 1] - begin);
+  if (threadIdx.x == 0) s.squared = squared + int64_t(blockIdx.x) * kSize * kSize;
   const bool is_taken = take_group(input, options, output, begin, count, s);
   const int64_t k = is_taken ? s.k : 0;
-  for (int64_t t = k + threadIdx.x; t < options.k; t += kThreads) output.negative[blockIdx.x * options.k + t] = -1;
+  for (int64_t t = k + threadIdx.x; t < options.k; t += kSize) output.negative[blockIdx.x * options.k + t] = -1;
   if (!is_taken) {
     if (threadIdx.x == 0) {
       output.cost[blockIdx.x] = output.lower_bound[blockIdx.x] = NAN;
@@ -500,12 +536,23 @@ __global__ void select_group(SelectInput input, SelectOptions options, SelectOut
     }
     return;
   }
-  fill_squared(static_cast<const Raw*>(input.points.data) + begin * dim, count, dim, s);
   if (k < s.num_facilities && options.strategy == Strategy::kKCenter) {
     k_center(s, output.positive + blockIdx.x * options.num_positives, options.num_positives);
   }
   if (k < s.num_facilities && options.strategy == Strategy::kOptSelect) opt_select(s);
   write_group(options, output, s);
+}
+
+// What a launch takes that begins with group `first`.
+inline SelectInput groups_from(SelectInput input, int64_t first) {
+  input.offsets += first, input.keys += first, input.num_groups -= first;
+  return input;
+}
+
+inline SelectOutput groups_from(SelectOutput output, const SelectOptions& options, int64_t first) {
+  output.positive += first * options.num_positives, output.negative += first * options.k;
+  output.cost += first, output.lower_bound += first, output.proven += first;
+  return output;
 }
 
 }  // namespace ampo

@@ -4,6 +4,7 @@ The kernels' logic is also tested without a GPU, by tests/csrc/test_kernels.cpp.
 """
 
 import logging
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ampo_fast import _C, compiled, k_center, k_medoids, pairwise_distances, select_responses
+from ampo_fast import _C, compiled, k_center, k_medoids, pairwise_distances, select_responses, selection
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NVCC = shutil.which("nvcc")
@@ -45,6 +46,32 @@ def test_cuda_by_name_on_a_cpu_says_what_would_make_it_run():
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_nan_on_a_gpu_is_named_once_the_values_are_on_the_host(monkeypatch):
+    is_on_host, to = [], selection._Problem.to
+
+    def move(problem, device):
+        is_on_host.append(device)
+        return to(problem, device)
+
+    monkeypatch.setattr(selection._Problem, "to", move)
+    monkeypatch.setattr(selection, "checks_values", lambda rows: bool(is_on_host))
+    points, rewards = torch.eye(4), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for change in ("rewards", "embeddings"):
+        arguments = {"embeddings": points, "rewards": rewards}
+        is_on_host.clear()
+        with pytest.raises(ValueError, match=f"{change} holds NaN"):
+            select_responses(**arguments | {change: arguments[change] * math.nan}, k=1, strategy="opt_select_exact")
+
+
+def test_what_the_caller_left_out_is_made_on_the_device_of_the_rewards(monkeypatch):
+    monkeypatch.setattr(selection, "resolve_impl", lambda *arguments: "cuda")
+    monkeypatch.setattr(selection, "_select_cuda", lambda problem: problem)
+    points, rewards = torch.empty(4, 3, device="meta"), torch.empty(4, device="meta")
+    problem = select_responses(points, rewards, 1, strategy="random")
+    for made in (problem.valid, problem.positive_ok, problem.keys):
+        assert made.device.type == "meta"
 
 
 class OnCuda:

@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __launch_bounds__(...)
 
 struct Index {
   unsigned x;
@@ -22,15 +23,22 @@ inline thread_local Index threadIdx, blockIdx;
 
 namespace cuda_on_cpu {
 
-inline pthread_barrier_t barrier;
+inline pthread_barrier_t barrier, warp_barrier[32];
 alignas(16) inline unsigned char shared[128 * 1024];
 inline double exchange[1024];
 inline uint32_t words[1024][6];
 
-// Runs kernel() for every block, one after the other, with num_threads threads at a time.
+// Shared memory as a block may find it: with nothing in it that could pass for an index.
+inline void scribble() { std::memset(shared, 0x7f, sizeof(shared)); }
+
+inline void sync_warp() { pthread_barrier_wait(&warp_barrier[threadIdx.x / 32]); }
+
+// Runs kernel() for every block, one after the other, with num_threads threads at a time, whole warps of them.
 inline void launch(unsigned num_blocks, unsigned num_threads, const std::function<void()>& kernel) {
   for (unsigned block = 0; block < num_blocks; ++block) {
+    const unsigned num_warps = num_threads / 32;
     pthread_barrier_init(&barrier, nullptr, num_threads);
+    for (unsigned w = 0; w < num_warps; ++w) pthread_barrier_init(&warp_barrier[w], nullptr, 32);
     std::vector<std::thread> threads;
     for (unsigned t = 0; t < num_threads; ++t) {
       threads.emplace_back([=, &kernel] {
@@ -41,6 +49,7 @@ inline void launch(unsigned num_blocks, unsigned num_threads, const std::functio
     }
     for (std::thread& thread : threads) thread.join();
     pthread_barrier_destroy(&barrier);
+    for (unsigned w = 0; w < num_warps; ++w) pthread_barrier_destroy(&warp_barrier[w]);
   }
 }
 
@@ -52,25 +61,34 @@ inline void __syncthreads() { pthread_barrier_wait(&cuda_on_cpu::barrier); }
 
 namespace ampo {
 
-// The shuffles' order of additions. Every thread of the block takes part: the kernels call it uniformly.
-template <typename T>
-T warp_sum(T value) {
-  const unsigned lane = threadIdx.x;
+// In the shuffles' order.
+template <typename T, typename Join>
+T over_warp(T value, Join join) {
+  const unsigned thread = threadIdx.x;
   for (unsigned width = 16; width > 0; width /= 2) {
-    cuda_on_cpu::exchange[lane] = double(value);
-    __syncthreads();
-    value += T(cuda_on_cpu::exchange[lane ^ width]);
-    __syncthreads();
+    cuda_on_cpu::exchange[thread] = double(value);
+    cuda_on_cpu::sync_warp();
+    value = join(value, T(cuda_on_cpu::exchange[thread ^ width]));
+    cuda_on_cpu::sync_warp();
   }
   return value;
 }
 
-// sum += a b as PTX documents the places of mma.m16n8k16's numbers; all warps of the block at the same time.
+template <typename T>
+T warp_sum(T value) {
+  return over_warp(value, [](T a, T b) { return a + b; });
+}
+
+inline double warp_max(double value) {
+  return over_warp(value, [](double a, double b) { return fmax(a, b); });
+}
+
+// sum += a b as PTX documents the places of mma.m16n8k16's numbers.
 inline void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
   for (int w = 0; w < 4; ++w) cuda_on_cpu::words[threadIdx.x][w] = a[w];
   for (int w = 0; w < 2; ++w) cuda_on_cpu::words[threadIdx.x][4 + w] = b[w];
-  __syncthreads();
+  cuda_on_cpu::sync_warp();
   const auto number = [first](unsigned owner, unsigned word, unsigned half) {
     const uint32_t bits = cuda_on_cpu::words[first + owner][word] >> (16 * half) << 16;
     float value;
@@ -84,7 +102,7 @@ inline void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b
       sum[c] += left * number(col * 4 + k % 8 / 2, 4 + k / 8, k % 2);
     }
   }
-  __syncthreads();
+  cuda_on_cpu::sync_warp();
 }
 
 }  // namespace ampo
