@@ -12,8 +12,6 @@ from ampo_fast.model import Policy
 from ampo_fast.rollouts import TransformersEngine, decoding
 from ampo_fast.types import Sampling
 
-pytest.importorskip("peft")
-
 
 class CastWeights(TorchDispatchMode):
     """Counts the casts from float32 of matrices as large as the model's smallest frozen one."""
@@ -28,6 +26,7 @@ class CastWeights(TorchDispatchMode):
 
 @pytest.fixture
 def policy(tiny_model):
+    pytest.importorskip("peft")  # imports triton, which test_kernels must be the first to do
     policy = Policy.load(ModelConfig(path=str(tiny_model), dtype="bfloat16", lora={"rank": 2}))
     for name, parameter in policy.named_parameters():
         if ".lora_B." in name:

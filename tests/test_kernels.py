@@ -16,7 +16,8 @@ import torch
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+    assert "triton" not in sys.modules, "a test file before this one imports triton: do so within its tests"
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and the kernels, are first imported
 pytest.importorskip("triton")
 
 from ampo_fast import fused, fused_linear_group_loss, group_contrastive_loss, linear_logprob, reference  # noqa: E402
