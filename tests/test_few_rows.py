@@ -48,6 +48,17 @@ def test_few_rows_go_through_the_extension_and_many_do_not(model, monkeypatch):
     assert called == [((16, 24), (40, 24)), ((16, 40), (7, 40))]
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda weight: weight.t().contiguous().t()])
+def test_a_weight_that_the_extension_would_refuse_is_left_to_torch(model, change):
+    for layer in (model[0], model[2]):
+        layer.weight.data = change(layer.weight.data)
+        layer.bias = None
+    x = torch.randn(3, 24, dtype=model[0].weight.dtype)
+    with torch.no_grad(), fast_few_rows(model):
+        y = model(x)
+    assert torch.equal(y, model(x))
+
+
 def test_the_layers_are_as_before_afterwards_whatever_happened(model):
     with pytest.raises(KeyError), fast_few_rows(model):
         raise KeyError

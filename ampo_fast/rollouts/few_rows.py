@@ -23,8 +23,7 @@ def fast_few_rows(model: nn.Module) -> Iterator[None]:
 
     A row's result has the same bits whatever rows are beside it.
     """
-    is_faster = _C.vector_path() != "plain"
-    layers = [module for module in model.modules() if type(module) is nn.Linear and is_faster]
+    layers = [module for module in model.modules() if type(module) is nn.Linear and _is_taken(module.weight)]
     for layer in layers:
         bias = None if layer.bias is None else layer.bias.detach().numpy()
         layer.forward = functools.partial(_forward, layer, layer.weight.detach().numpy(), bias)
@@ -33,6 +32,10 @@ def fast_few_rows(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _is_taken(weight_OI: torch.Tensor) -> bool:
+    return _C.vector_path() != "plain" and weight_OI.dtype == torch.float32 and weight_OI.is_contiguous()
 
 
 def _forward(layer: nn.Linear, weight_OI: np.ndarray, bias_O: np.ndarray | None, x: torch.Tensor) -> torch.Tensor:

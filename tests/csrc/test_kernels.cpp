@@ -109,8 +109,9 @@ void test_near(int64_t dim) {
   for (const ampo::Metric metric : {ampo::Metric::kSquared, ampo::Metric::kEuclidean, ampo::Metric::kCosine}) {
     const auto [out, expected] = pairwise(cloud.half.data(), cloud, metric);
     for (int64_t e = 0; e < 36; ++e) {
-      // The last point is apart from the others: but for cosine its distances are differences of products.
-      const float slack = e / 6 == 5 || e % 6 == 5 ? 1e-4f : 1e-5f;
+      // The last point is apart from the others: its distances are differences of products, whose long sums round more.
+      const bool is_apart = e / 6 == 5 || e % 6 == 5;
+      const float slack = is_apart && dim > 1000 ? 1e-4f : 1e-5f;
       expect(std::abs(out[e] - expected[e]) <= slack * expected[e] + (metric == ampo::Metric::kCosine ? 1e-9f : 0.0f), "near points", e);
     }
   }
