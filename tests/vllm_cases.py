@@ -5,10 +5,12 @@ python vllm_cases.py sync|kill|running|transfer MODEL DTYPE[:ENGINE_DTYPE] -> a 
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import urllib.request
 
 import torch
 
@@ -83,23 +85,27 @@ def sync(model, dtype):
     return result
 
 
+def is_generating(metrics_url):
+    with urllib.request.urlopen(metrics_url) as answer:
+        return re.search(rb"^vllm:num_requests_running\S* [1-9]", answer.read(), flags=re.MULTILINE) is not None
+
+
 def kill(model, dtype):
     """kill -9 of a real server while it generates."""
     policy, engine = setup("vllm-server", model, dtype)
     push_weights(policy, engine, 1)
-    first = engine.replicas[0].process.group
-    started = threading.Event()
+    replica = engine.replicas[0]
+    first, metrics = replica.process.group, f"{replica.client.base_url}/metrics"
 
     def killer():
-        started.wait()
-        time.sleep(1.0)
+        while not is_generating(metrics):
+            time.sleep(0.01)
         os.killpg(first, signal.SIGKILL)
 
     threading.Thread(target=killer, daemon=True).start()
-    started.set()
     groups = engine.generate(PROMPTS, 8, Sampling(max_new_tokens=200))
     result = {
-        "restarted": engine.replicas[0].process.group != first,
+        "restarted": replica.process.group != first,
         "sizes": [len(g.candidates) for g in groups],
         "gap": gap(policy, groups),
         "versions": sorted({c.version for g in groups for c in g.candidates}),
