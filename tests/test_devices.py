@@ -36,7 +36,7 @@ def losses(config):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("mix", ["x + y", "x.index_add_(0, y.long(), x)", "torch.cat([x, y])", "y[x.long()]"])
+@pytest.mark.parametrize("mix", ["x + y", "x.index_add_(0, y.long(), x.clone())", "torch.cat([x, y])", "y[x.long()]"])
 def test_the_second_device_refuses_the_cpus_tensors(library, mix):
     lines = ["import sys, torch, second_device", "d = second_device.register(sys.argv[1])"]
     lines += ["x, y = torch.zeros(1, device=d), torch.zeros(1)", "x[y.long()]", mix]
