@@ -36,9 +36,12 @@ _MAX_PADDED = 1.25
 """A group's responses attend in one call where padding them to one length makes at most this many times their tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class SegmentPlan:
-    """The pieces of one packed batch, and the additive masks that they need, built once per forward."""
+    """The pieces of one packed batch, and the additive masks that they need, built once per forward.
+
+    Not frozen: of a frozen dataclass torch 2.11's compiler guards every field, and each new number of pieces is a new program.
+    """
 
     piece_lengths: tuple[int, ...]
     """Lengths of [prompt, y1, y2, ...] of all groups, in packed order; zero-length responses included."""
