@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from ampo_fast.kernels.launch import launch
 from ampo_fast.kernels.row_pass import at_most_zero
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import triton
-from ampo_fast.kernels import forward_logprob, group_contrastive, row_pass, segment_sum
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ampo_fast.kernels import forward_logprob, group_contrastive, row_pass, segment_sum
 
 ROW = {"logits_RV": "*bf16", "bias_V": "*bf16", "target_R": "*i64", "num_tokens": "i32", "row_stride": "i64"}
 ROW |= {"eos_id": "i32", "softcap": "fp32", "inv_temperature": "fp32", "lse_R": "*fp32", "rest_R": "*fp32"}
