@@ -99,13 +99,13 @@ def merge_kernel(
 
 
 def tiles(dtype: torch.dtype, major: int, is_aligned: bool) -> dict[str, int]:
-    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major).
+    """Tile sizes that compile without spills for compute capability 8.0, 9.0 and 10.0 (major), by Triton 3.6 to 3.9.
 
     Unaligned matrices, whose rows do not start at a multiple of 16 numbers, are loaded number by number, through registers.
     """
     if dtype == torch.float32:
         return {"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4 if is_aligned else 8, "num_stages": 2}
-    sizes = {"BLOCK_V": 128, "BLOCK_D": 32 if major >= 10 else 64} if is_aligned else {"BLOCK_V": 64, "BLOCK_D": 32}
+    sizes = {"BLOCK_V": 64 if major >= 10 else 128, "BLOCK_D": 64} if is_aligned else {"BLOCK_V": 64, "BLOCK_D": 32}
     return {"BLOCK_R": 128, **sizes, "num_warps": 8, "num_stages": 3}
 
 
