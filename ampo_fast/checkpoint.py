@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
 from ampo_fast import distributed
-from ampo_fast.config import CheckpointConfig
+from ampo_fast.config import CheckpointConfig, Config
 from ampo_fast.files import fsync_path, save_tensors, write_json
 from ampo_fast.model import Policy
 
@@ -296,13 +296,19 @@ def prune_checkpoints(root: Path, config: CheckpointConfig) -> None:
         shutil.rmtree(leftover)
 
 
-def require_disk(run_dir: Path, policy: Policy, config: CheckpointConfig) -> None:
-    """Raises ValueError at the start of a run whose checkpoints and export cannot fit: trained parameters and two moments
-    in float32, keep_last + 1 times, and two exports of all."""
+def require_disk(run_dir: Path, policy: Policy, config: Config) -> None:
+    """Raises ValueError at the start of a run whose checkpoints and exports cannot fit: trained parameters and two moments
+    in float32, keep_last + 1 times, and two exports of all; with a reference that moves, its weights as often.
+
+    What such files of an earlier start hold counts as free: they are what the new ones replace.
+    """
     parameters = 4 * sum(parameter.numel() for parameter in policy.parameters())
     trained = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    have = sum(file.stat().st_size for file in run_dir.rglob("*.safetensors"))
-    needed = 3 * trained * (config.keep_last + 1) + 2 * parameters - have
+    keep_last = config.checkpoint.keep_last
+    needed = (3 * trained + parameters * (config.reference.every > 0)) * (keep_last + 1) + 2 * parameters
+    replaced = [path for _, path in checkpoint_dirs(run_dir / "checkpoints")[-keep_last:]]
+    replaced += [run_dir / "best", run_dir / "final", run_dir / "reference"]
+    needed -= sum(file.stat().st_size for folder in replaced for file in folder.rglob("*.safetensors"))
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise ValueError(

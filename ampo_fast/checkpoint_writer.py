@@ -55,9 +55,10 @@ class CheckpointWriter:
         if not self.config.asynchronous:
             return
         self._join()
-        errors, self._error = [error for error in distributed.all_gather(self._error) if error], None
-        if errors:
-            raise errors[0]
+        error, self._error = self._error, None
+        with distributed.together():
+            if error is not None:
+                raise error
 
     def close(self) -> None:
         """Lets the one in flight end, without a word to the other ranks: for a run that is failing already."""

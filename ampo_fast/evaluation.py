@@ -38,8 +38,8 @@ def evaluate(
 ) -> Evaluation:
     """Answers held-out prompts at the training temperature with fixed noise, scores them, and measures drift.
 
-    Each rank answers its share; the result is every rank's. The start policy is loaded for the comparison, sharded as the
-    policy is, and dropped again: it costs memory only here.
+    Each rank answers its share; the result is every rank's. load_start gives the start policy, sharded as the policy
+    is, for the comparison alone: what it has to load is dropped again.
     """
     sampling = config.rollout.sampling(config.eval.seed)
     lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -28,10 +29,10 @@ def paired_summary(
     differences = [after[key] - before[key] for key in ids]
     wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences]
     return {
-        "reward_before": _mean(before[key] for key in ids),
-        "reward_after": _mean(after[key] for key in ids),
+        "reward_before": statistics.fmean(before[key] for key in ids),
+        "reward_after": statistics.fmean(after[key] for key in ids),
         "reward_se": _standard_error(differences),
-        "win_rate": _mean(wins),
+        "win_rate": statistics.fmean(wins),
         "num_prompts": len(ids),
     }
 
@@ -57,7 +58,7 @@ def prompt_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         rewards = [response.get("reward_raw") for response in row["responses"]]
         scored = [float(r) for r in rewards if r is not None and math.isfinite(r)]
         if scored:
-            means[row["id"]] = _mean(scored)
+            means[row["id"]] = statistics.fmean(scored)
     return means
 
 
@@ -67,15 +68,6 @@ def num_unscored(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(1 for r in rewards if r is None or not math.isfinite(r))
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
-
-
 def _standard_error(differences: Sequence[float]) -> float | None:
     count = len(differences)
-    if count < 2:
-        return None
-    center = _mean(differences)
-    variance = math.fsum((d - center) ** 2 for d in differences) / (count - 1)
-    return math.sqrt(variance / count)
+    return statistics.stdev(differences) / math.sqrt(count) if count > 1 else None

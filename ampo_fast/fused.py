@@ -19,17 +19,20 @@ from ampo_fast.dispatch import on_device, resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, head_chunk, logit_buffer, whole_group_rows
 from ampo_fast.logprobs import HeadGradients, linear_logprob
 from ampo_fast.losses.stats import CheckedStats, LossOutput, ResponseStats, check_side_inputs, segment_sum
+from ampo_fast.opaque import opaque
 from ampo_fast.validation import (
     check_first_order,
     check_head,
     check_logprobs,
     check_normalizer,
     check_offsets,
+    describe,
 )
 
 _MODES = ("auto", "grouped", "recompute", "frozen")
 
 
+@opaque
 def fused_linear_group_loss(
     hidden_RD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -85,8 +88,8 @@ def fused_linear_group_loss(
     stats = dataclasses.replace(stats, target_R=target_R if compare_tokens else None)
     options = HeadOptions(temperature, softcap, eos_id)
     impl = resolve_impl("fused_linear_group_loss", impl, hidden_RD)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows = {chunk_rows}; it must be at least 1, or None for the default")
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"chunk_rows = {chunk_rows!r}; it must be at least 1, or None for the default")
     check_normalizer(normalizer)
     if isinstance(loss_fn, type) or not callable(loss_fn):
         raise ValueError(
@@ -140,8 +143,17 @@ def _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm,
     )  # fmt: skip
     logp_R, eos_logp_R = out if options.eos_id is not None else (out, None)
     full = with_logprobs(stats, logp_R, eos_logp_R, target_R, options.eos_id)
-    loss = loss_fn(full).per_group_B.sum() / norm
-    return loss, _detached(full)
+    return _total(loss_fn, full) / norm, _detached(full)
+
+
+def _total(loss_fn: Callable[[ResponseStats], LossOutput], stats: CheckedStats) -> torch.Tensor:
+    """The sum of the groups' losses."""
+    output = loss_fn(stats)
+    if not isinstance(output, LossOutput):
+        raise ValueError(
+            f"loss_fn returned {describe(output)}; it must return ampo_fast.losses.LossOutput(loss, per_group_B)"
+        )
+    return output.per_group_B.sum()
 
 
 def with_logprobs(stats: CheckedStats, logp_R, eos_logp_R, target_R, eos_id: int | None) -> CheckedStats:
@@ -258,7 +270,9 @@ def _walk_groups(
     buffer = logit_buffer(hidden_RD, weight_VD, max(plan.chunk_rows, plan.longest_group))
     for rows, part in chunks:
         if rows.start == rows.stop:
-            loss += plan.loss_fn(with_logprobs(part, plan.logp_R[rows], None, target_R[rows], None)).per_group_B.sum()
+            eos_logp_R = None if plan.eos_logp_R is None else plan.eos_logp_R[rows]
+            empty = with_logprobs(part, plan.logp_R[rows], eos_logp_R, target_R[rows], options.eos_id)
+            loss += _total(plan.loss_fn, empty)
             continue
         chunk = head_chunk(hidden_RD[rows], weight_VD, target_R[rows], bias_V, options, plan.impl, buffer)
         plan.logp_R[rows] = chunk.logp_R
@@ -286,7 +300,7 @@ def row_gradients(
     with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in (logp_R, eos_logp_R) if leaf is not None]
         eos_leaf = leaves[1] if len(leaves) == 2 else None
-        loss = loss_fn(with_logprobs(side, leaves[0], eos_leaf, target_R, eos_id)).per_group_B.sum()
+        loss = _total(loss_fn, with_logprobs(side, leaves[0], eos_leaf, target_R, eos_id))
         found = torch.autograd.grad(loss / normalizer, leaves, allow_unused=True) if loss.requires_grad else [None] * 2
     grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=False)]
     return loss.detach(), grads[0], grads[1] if eos_leaf is not None else None

@@ -6,6 +6,7 @@ R rows of the chunk, D hidden, V vocab. z = hidden W^T + bias; softcap * tanh(z 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -18,10 +19,10 @@ class HeadOptions:
     eos_id: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}; it must be positive")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap = {self.softcap}; it must be positive, or None")
+        if not isinstance(self.temperature, Real) or not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature!r}; it must be a positive number")
+        if self.softcap is not None and (not isinstance(self.softcap, Real) or not self.softcap > 0):
+            raise ValueError(f"softcap = {self.softcap!r}; it must be a positive number, or None")
 
 
 _TILE_ROWS = 256
@@ -169,11 +170,11 @@ class _TorchChunk:
         # 1 - p_y summed, not subtracted: 1 - p would lose every digit where the model is sure.
         others_R = values_RV.sum(1)
         self._own_R[rows], self._others_R[rows] = own_R1[:, 0], others_R
-        lse_R = top_R1[:, 0] + (others_R + own_R1[:, 0]).log()
-        # <= 0 whatever the rounding: the target's own term is part of the sum.
-        self.logp_R[rows] = (z_R1[:, 0] - lse_R).clamp_(max=0.0)
+        below_R, log_sum_R = (z_R1 - top_R1)[:, 0], (others_R + own_R1[:, 0]).log()
+        # Differences to the top, not to top + log sum, which rounds to the digits of the top; <= 0 whatever the rounding.
+        self.logp_R[rows] = torch.where(below_R == 0, -others_R.log1p(), below_R - log_sum_R).clamp_(max=0.0)
         if eos_R is not None:
-            self.eos_logp_R[rows] = (eos_R - lse_R).clamp_(max=0.0)
+            self.eos_logp_R[rows] = (eos_R - top_R1[:, 0] - log_sum_R).clamp_(max=0.0)
 
     def logit_gradient(self, grad_R: torch.Tensor, grad_eos_R: torch.Tensor | None) -> torch.Tensor:
         """-(g + g_eos) p + g 1_y + g_eos 1_eos, times the slope of softcap and temperature."""

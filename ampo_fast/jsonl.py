@@ -32,6 +32,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path} is empty: it holds no rows")
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cuts a last line without its newline off: the one that a killed process was writing."""
+    content = path.read_bytes()
+    num_whole_bytes = content.rfind(b"\n") + 1  # bytewise: a kill can cut a line inside a UTF-8 character
+    if num_whole_bytes < len(content):
+        with path.open("rb+") as file:
+            file.truncate(num_whole_bytes)
+
+
 def dump_line(row: dict[str, Any]) -> str:
     """One line of JSON with its newline; floats as repr, so that they read back exactly.
 

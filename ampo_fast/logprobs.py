@@ -6,9 +6,11 @@ import torch
 
 from ampo_fast.dispatch import resolve_impl
 from ampo_fast.head import HeadOptions, default_chunk_rows, forward_chunk_rows, head_chunk, logit_buffer
+from ampo_fast.opaque import opaque
 from ampo_fast.validation import check_first_order, check_head, check_logprobs
 
 
+@opaque
 def linear_logprob(
     hidden_RD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -23,8 +25,9 @@ def linear_logprob(
     """Log-prob of each row's target under the head: log softmax(z)_target, z = cap(hidden W^T + bias) / temperature.
 
     Differentiable for any per-row upstream gradient: 8 R D V FLOPs with a trainable weight (the backward recomputes the
-    logits, chunk by chunk), 4 R D V with a frozen one (J = w_y - sum_v p_v w_v is kept, [R, D]). A frozen hidden or
-    weight skips its GEMM; the weight's gradient accumulates in float32 and is cast once.
+    logits, chunk by chunk), 4 R D V with a frozen one (J = w_y - sum_v p_v w_v is kept, [R, D]), or 6 there with
+    eos_id, which wants two of them. A frozen hidden or weight skips its GEMM; the weight's gradient accumulates in float32
+    and is cast once.
 
     Args:
         hidden_RD, weight_VD: same float dtype and device. target_R: int64 ids in 0 .. V - 1.
@@ -66,7 +69,6 @@ class _LinearLogprob(torch.autograd.Function):
         eos_logp_R = None if options.eos_id is None else torch.empty_like(logp_R)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         keep_jacobian = need_hidden and not need_weight and not need_bias and options.eos_id is None
-        keep_jacobian = keep_jacobian and options.softcap is None
         jacobian_RD = torch.empty_like(hidden_RD) if keep_jacobian else None
         buffer = logit_buffer(hidden_RD, weight_VD, chunk_rows)
         for rows in _chunks(num_rows, chunk_rows):
@@ -76,16 +78,17 @@ class _LinearLogprob(torch.autograd.Function):
                 eos_logp_R[rows] = chunk.eos_logp_R
             if keep_jacobian:
                 gradient_RV = chunk.logit_gradient(torch.ones_like(chunk.logp_R), None)
-                jacobian_RD[rows] = gradient_RV.to(weight_VD.dtype) @ weight_VD
-        ctx.options, ctx.impl, ctx.chunk_rows, ctx.jacobian_RD = options, impl, chunk_rows, jacobian_RD
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
+                torch.mm(gradient_RV.to(weight_VD.dtype), weight_VD, out=jacobian_RD[rows])
+        ctx.options, ctx.impl, ctx.chunk_rows, ctx.has_jacobian = options, impl, chunk_rows, keep_jacobian
+        ctx.save_for_backward(*([jacobian_RD] if keep_jacobian else [hidden_RD, weight_VD, bias_V, target_R]))
         return logp_R, eos_logp_R
 
     @staticmethod
     def backward(ctx, grad_R, grad_eos_R):
         check_first_order("linear_logprob")
-        if ctx.jacobian_RD is not None:
-            return (ctx.jacobian_RD * grad_R[:, None].to(ctx.jacobian_RD.dtype)), *(None,) * 6
+        if ctx.has_jacobian:
+            (jacobian_RD,) = ctx.saved_tensors
+            return jacobian_RD * grad_R[:, None].to(jacobian_RD.dtype), *(None,) * 6
         gradients = _recomputed_gradients(ctx, grad_R, grad_eos_R)
         return (*gradients.result(), *(None,) * 4)
 

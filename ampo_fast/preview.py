@@ -13,7 +13,7 @@ from ampo_fast.config import Config
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.packing import pack, packed_length
+from ampo_fast.packing import kept_candidates, pack, packed_length
 from ampo_fast.rewards import make_reward, score_groups
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.sampler import read_prompts
@@ -83,7 +83,7 @@ def _print_group(group: SelectedGroup, policy: Policy, console: Console) -> None
     batch = pack([group])
     context = policy.tokenizer.decode(list(scored.group.prompt_ids))
     console.print(Text("context (no target): ", style="bold") + Text(repr(context), style="dim"))
-    for m, i in enumerate((*group.positive, *group.negative)):
+    for m, i in enumerate(kept_candidates(group)):
         rows = slice(int(batch.response_offsets[m]), int(batch.response_offsets[m + 1]))
         targets = batch.target_R[rows].tolist()
         num_stops = sum(token in policy.stop_ids for token in targets)

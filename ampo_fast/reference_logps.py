@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from ampo_fast import distributed
 from ampo_fast.config import Config
-from ampo_fast.files import save_tensors, write_atomic
-from ampo_fast.jsonl import dump_line
+from ampo_fast.files import save_tensors
+from ampo_fast.jsonl import drop_torn_line, dump_line, read_jsonl
 from ampo_fast.lora import base_tensors
 from ampo_fast.model import Policy
 from ampo_fast.packing import MicroBatch, group_length, idle_batch, kept_candidates, pack_responses, token_runs
@@ -59,6 +59,10 @@ class ReferenceLogps:
         self.folder: Path | None = None
         self.path: Path | None = None
         self._kept: dict[_Key, _Logp] = {}
+
+    @property
+    def is_copy_of_start(self) -> bool:
+        return not self.moves and not self.is_base
 
     def keep_in(self, run_dir: Path) -> None:
         """Takes over what the run's file holds and adds to it from now on; only for given responses.
@@ -119,7 +123,7 @@ class ReferenceLogps:
             own.lerp_(new, 1.0 - config.decay)
 
     def save(self, step: int) -> None:
-        """The weights at `step`, whole or not at all; those of older steps but one go."""
+        """The weights at `step`, whole or not at all; older ones go as the checkpoints do, one step later."""
         if not self.moves:
             return
         self.folder.mkdir(exist_ok=True)
@@ -196,12 +200,9 @@ def _read(path: Path) -> dict[_Key, _Logp]:
             f"{path.parent} holds {others[0]}: the run began with another reference, template or data than now "
             f"({path.stem}); restore them, or use another --run.name"
         )
-    if not path.exists():
-        path.touch()
-    whole, _, torn = path.read_text().rpartition("\n")
-    if torn:  # the line that a killed run was writing
-        write_atomic(path, lambda aside: aside.write_text(whole + "\n" if whole else ""))
-    rows = [json.loads(line) for line in whole.splitlines()]
+    path.touch()
+    drop_torn_line(path)
+    rows = (row for _, row in read_jsonl(path)) if path.stat().st_size else ()
     return {(row["id"], row["index"]): row["logp"] for row in rows}
 
 

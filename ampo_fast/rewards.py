@@ -19,6 +19,7 @@ from ampo_fast.embeddings import Embedder, SentenceEncoder
 from ampo_fast.engine_config import HttpConfig, read_options
 from ampo_fast.http_reward import HttpScorer
 from ampo_fast.losses.margins import calibrated_reward
+from ampo_fast.margins_fit import sigmoid
 from ampo_fast.python_reward import PythonScorer
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.model import RewardModel
@@ -246,7 +247,7 @@ def normalize_rewards(raw: Sequence[float], valid: Sequence[bool], rule: str) ->
         "none": lambda r: r,
         "minmax": lambda r: (r - low) / (high - low) if high > low else 0.5,
         "zscore": lambda r: (r - mean) / std if std > 0 else 0.0,
-        "sigmoid": lambda r: 0.5 * (1.0 + math.tanh(0.5 * r)),
+        "sigmoid": sigmoid,
     }[rule]
     return tuple(scale(value) if ok else math.nan for value, ok in zip(raw, valid, strict=True))
 

@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ampo_fast.files import naming, save_tensors, write_atomic
-from ampo_fast.jsonl import dump_line, read_jsonl
+from ampo_fast.jsonl import drop_torn_line, dump_line, read_jsonl
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt, ScoredGroup, SelectedGroup
 
 Row = dict[str, Any]
+
+_MARKS = {"positive", "negative", "None"}
 
 # --- nouns to rows ----------------------------------------------------------------------------------------------------
 
@@ -182,8 +184,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def is_stage_row(row: Row) -> bool:
-    return not _wrong_keys(row)
+def is_stage_row(row: Any) -> bool:
+    return isinstance(row, dict) and not _wrong_keys(row)
 
 
 def _check_row(row: Row, where: str) -> None:
@@ -193,14 +195,19 @@ def _check_row(row: Row, where: str) -> None:
 
 
 def _wrong_keys(row: Row) -> list[str]:
-    wrong = [
-        f"{name} must be {what}"
-        for name, kind, what in (("id", str, "text"), ("prompt", list, "a list"), ("responses", list, "a list"))
-        if not isinstance(row.get(name), kind)
-    ]
-    if not wrong and not all(isinstance(r, dict) and isinstance(r.get("content"), str) for r in row["responses"]):
-        wrong = ["every response must have text content"]
-    return wrong
+    wrong = [] if isinstance(row.get("id"), str) else ["id must be text"]
+    if not (row.get("prompt") and _have_texts(row["prompt"], "role", "content")):
+        wrong.append("prompt must be a list of messages, each with role and content")
+    if not _have_texts(row.get("responses"), "content"):
+        return [*wrong, "responses must be a list, each with text content"]
+    marks = {str(response.get("selected")) for response in row["responses"]}
+    return wrong + [f"selected = {mark!r} must be positive, negative or null" for mark in sorted(marks - _MARKS)]
+
+
+def _have_texts(items: Any, *keys: str) -> bool:
+    return isinstance(items, list) and all(
+        isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in items
+    )
 
 
 def embeddings_path(path: Path) -> Path:
@@ -275,12 +282,8 @@ class RowWriter:
     def _recover(self) -> list[Row]:
         if not self.path.exists():
             return []
-        content = self.path.read_bytes()
-        num_whole_bytes = content.rfind(b"\n") + 1
-        if num_whole_bytes < len(content):
-            with self.path.open("rb+") as file:
-                file.truncate(num_whole_bytes)
-        return read_rows(self.path) if num_whole_bytes else []
+        drop_torn_line(self.path)
+        return read_rows(self.path) if self.path.stat().st_size else []
 
     def groups(self, prompts: Sequence[Prompt]) -> dict[str, CandidateGroup]:
         """The finished groups of these prompts, with the prompts as given."""

@@ -74,6 +74,7 @@ _SETTINGS = {
         "select.k",
         "select.coverage",
         "select.pareto",
+        "loss.name",
         "reward.tol",
         "rollout.truncated",
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ampo_fast.packing import MicroBatch, kept_candidates, packed_length
+from ampo_fast.select import reward_spread
 from ampo_fast.types import PackedBatch, ScoredGroup, SelectedGroup
 from ampo_fast.unshared import padded_tokens
 
@@ -20,17 +21,16 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int)
     """Rewards, lengths, health of the pool, and the selected against the pool; step: updates done before this one."""
     scored = [group.scored for group in groups]
     pool = [(s, i) for s in scored for i in range(len(s.valid))]
-    kept = [(g.scored, i) for g in groups for i in (*g.positive, *g.negative)]
+    kept = [(g.scored, i) for g in groups for i in kept_candidates(g)]
     lengths = [len(_candidate(s, i).token_ids) for s, i in pool]
     rewards = [[r for r, ok in zip(s.reward_raw, s.valid, strict=True) if ok] for s in scored]
     logp = [value for s, i in pool for value in _candidate(s, i).logp]
     unique = [len({c.content.strip() for c in s.group.candidates}) / len(s.valid) for s in scored]
-    spreads = [max(values) - min(values) if values else 0.0 for values in rewards]
     trained = [group for group in groups if group.is_trained]
     metrics = {
         "reward": _mean([r for values in rewards for r in values]),
         "reward_std": _mean([statistics.stdev(values) for values in rewards if len(values) > 1]),
-        "frac_reward_zero_std": _mean([spread <= reward_tol for spread in spreads]),
+        "frac_reward_zero_std": _mean([reward_spread(s) <= reward_tol for s in scored]),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -43,7 +43,7 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int)
         "group/degenerate": 1.0 - len(trained) / len(groups),
         "group/coverage_cost": _mean([group.cost for group in trained]),
         "pool/distinctness": _mean([distinctness(s, range(len(s.valid))) for s in scored]),
-        "selected/distinctness": _mean([distinctness(g.scored, (*g.positive, *g.negative)) for g in trained]),
+        "selected/distinctness": _mean([distinctness(g.scored, kept_candidates(g)) for g in trained]),
         "selected/reward": _mean([s.reward_raw[i] for s, i in kept]),
         "selected/mean_length": _mean([len(_candidate(s, i).token_ids) for s, i in kept]),
         "selected/clipped_ratio": _clipped(kept),
@@ -63,7 +63,7 @@ def group_metrics(groups: Sequence[SelectedGroup], reward_tol: float, step: int)
 
 def is_fresh(groups: Sequence[SelectedGroup], step: int) -> bool:
     """Whether the weights about to be updated, of version `step`, wrote everything that is trained on."""
-    return all(_candidate(g.scored, i).version == step for g in groups for i in (*g.positive, *g.negative))
+    return all(_candidate(g.scored, i).version == step for g in groups for i in kept_candidates(g))
 
 
 def distinctness(scored: ScoredGroup, indices: Sequence[int]) -> float:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +32,7 @@ from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary, print_completions
 from ampo_fast.export import export
 from ampo_fast.files import write_json
+from ampo_fast.memory import peak_rss_mib
 from ampo_fast.metrics import MetricsLog, read_metrics
 from ampo_fast.model import Policy
 from ampo_fast.model_card import versions, write_model_card
@@ -88,7 +89,9 @@ class Trainer:
         self.actor = Policy.load_replica(config.model) if self._needs_replica() else self.policy
         self.embedder = make_embedder(config, self.actor)
         check_scores(self.sampler.prompts, config.reward.kinds)
-        self.reward_fn = make_reward(config, self.embedder)
+        self.reward_fn = self.eval_reward_fn = make_reward(config, self.embedder)
+        if self.eval_prompts and config.eval.reward:
+            self.eval_reward_fn = make_reward(config, self.embedder, config.eval.reward)
         self.updater = Updater(config, self.policy, self.sampler.prompts)
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(prompts.longest)
@@ -114,7 +117,7 @@ class Trainer:
         }
         self.has_warned = False
         self.step = self._restore() if resume else 0
-        require_disk(self.run_dir, self.policy, config.checkpoint)
+        require_disk(self.run_dir, self.policy, config)
         self.checkpoints = CheckpointWriter(
             self.run_dir / "checkpoints", self.policy, self.updater.optimizer, config.checkpoint
         )
@@ -251,11 +254,15 @@ class Trainer:
         config = self.config
         self._sync(self.step)  # within a round, weights that are not the policy's own are behind
         engine = self.actor_engine if config.rollout.engine == "data" else self.engine
-        reward_fn = make_reward(config, self.embedder, config.eval.reward) if config.eval.reward else self.reward_fn
         return evaluate(
-            self.policy, engine, self.eval_prompts, reward_fn, self.embedder, config,
-            lambda: Policy.load(config.model.without_adapter).shard(),
-        )  # fmt: skip
+            self.policy, engine, self.eval_prompts, self.eval_reward_fn, self.embedder, config, self._load_start
+        )
+
+    def _load_start(self) -> Policy:
+        reference = self.updater.reference
+        if reference is not None and reference.is_copy_of_start:
+            return reference.model
+        return Policy.load(self.config.model.without_adapter).shard()
 
     def _is_evaluation_due(self) -> bool:
         every = self.config.eval.every
@@ -263,9 +270,10 @@ class Trainer:
 
     def _take_in(self, measured: Mapping[str, float]) -> None:
         """Of an evaluation on the way: keeps the best policy, and what _why_stop goes by."""
-        reward = measured["eval/reward"]
-        self.state |= {"evaluated": self.step, "kl": measured["eval/kl"]}
-        if self.state["best_reward"] is None or reward > self.state["best_reward"]:
+        reward, kl = (measured[key] for key in ("eval/reward", "eval/kl"))  # None as it reads back, where it was NaN
+        self.state |= {"evaluated": self.step, "kl": kl if _is_finite(kl) else self.state["kl"]}
+        best = self.state["best_reward"]
+        if _is_finite(reward) and (best is None or reward > best):
             self.state |= {"best_reward": reward, "bad_evals": 0}
             if self.config.checkpoint.save_best:
                 self._export("best", self._reached())
@@ -392,5 +400,5 @@ class Trainer:
         return summary
 
 
-def peak_rss_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -139,10 +139,6 @@ class PackedBatch:
     ref_logp_R: torch.Tensor | None = None
     """[R] float32: the same token by token, where the loss weights tokens."""
 
-    @property
-    def num_groups(self) -> int:
-        return len(self.segments)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:

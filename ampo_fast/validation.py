@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -37,8 +37,13 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
         raise ValueError(f"{name} must be a 1-D int64 tensor of count + 1 entries, got {describe(offsets)}")
     offsets = offsets.cpu()
     sizes = offsets.diff()
-    if offsets[0] != 0 or offsets[-1] != total or bool((sizes < 0).any()):
+    if offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"{name} must rise from 0 to {total}, got {offsets[0]} .. {offsets[-1]}")
+    if bool((sizes < 0).any()):
+        i = int((sizes < 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must rise from 0 to {total}, but entry {i + 1} is {offsets[i + 1]} after {offsets[i]}"
+        )
     if not allow_empty and bool((sizes == 0).any()):
         raise ValueError(f"{name}: segment {int((sizes == 0).nonzero()[0])} is empty; leave it out")
     return offsets
@@ -53,6 +58,10 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         way_out = "; torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
         raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}{way_out}")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor; pass {name}.full_tensor(), or {name}.to_local() where each rank has its own"
+        )
 
 
 def check_floats(name: str, tensor: torch.Tensor) -> None:
@@ -133,6 +142,8 @@ def check_head(
     eos_id: int | None,
 ) -> None:
     """Raises ValueError naming the argument that does not fit hidden [R, D], weight [V, D], target [R], bias [V]."""
+    if type(weight_VD).__name__ == "DTensor":
+        raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
     check_tensor("hidden_RD", hidden_RD)
     check_tensor("weight_VD", weight_VD)
     if hidden_RD.ndim != 2 or weight_VD.ndim != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
@@ -141,8 +152,6 @@ def check_head(
         )
     if weight_VD.device != hidden_RD.device:
         raise ValueError(f"weight_VD is on {weight_VD.device}, hidden_RD on {hidden_RD.device}; move one of them")
-    if type(weight_VD).__name__ == "DTensor":
-        raise ValueError("weight_VD is a sharded DTensor; call this inside the FSDP root's forward, where it is whole")
     if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():
         raise ValueError(
             f"hidden_RD and weight_VD must share a float dtype, got {hidden_RD.dtype} and {weight_VD.dtype}; "
@@ -154,6 +163,10 @@ def check_head(
         raise ValueError(f"target_R must be int64, got {target_R.dtype}")
     if bias_V is not None:
         check_vector("bias_V", bias_V, num_tokens, hidden_RD.device)
+    if eos_id is not None and (isinstance(eos_id, bool) or not isinstance(eos_id, Integral)):
+        raise ValueError(
+            f"eos_id = {eos_id!r}; it must be one token id: of several pass the one that ends the responses"
+        )
     if eos_id is not None and not 0 <= eos_id < num_tokens:
         raise ValueError(f"eos_id = {eos_id} is outside the vocabulary of {num_tokens}")
     if (

@@ -31,6 +31,7 @@ from ampo_fast.config import Config, load_config
 from ampo_fast.data import load_prompts
 from ampo_fast.fused import fused_linear_group_loss
 from ampo_fast.losses import AMPO
+from ampo_fast.memory import peak_rss_mib
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses
 from ampo_fast.types import Candidate, CandidateGroup, PackedBatch, Prompt, Sampling
@@ -271,7 +272,7 @@ def run_alone(what: str) -> None:
         # Not getrusage's peak: that of loading the model is higher than the shared step's.
         print(json.dumps({"peak_mib": float(rows.peak_mib(call))}))
         return
-    peak = rows.peak_rss_mib()
+    peak = peak_rss_mib()
     print(json.dumps({"peak_mib": peak, "beyond_16_bytes_mib": peak - 16 * count / 2**20}))
 
 

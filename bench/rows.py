@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ampo_fast.memory import status_kib
+
 FIELDS = ("op", "variant", "mode", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "roofline_pct",
           "device", "versions", "commit", "date", "note")  # fmt: skip
 
@@ -77,23 +79,11 @@ def peak_mib(call: Callable[[], object]) -> str:
     """What the call added to the resident memory at its height, in MiB; "" where the kernel does not say (not Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
-        before = _status_kib("VmHWM")
+        before = status_kib("VmHWM")
         call()
-        return f"{(_status_kib('VmHWM') - before) / 1024:.1f}"
+        return f"{(status_kib('VmHWM') - before) / 1024:.1f}"
     except OSError:
         return ""
-
-
-def peak_rss_mib() -> float:
-    """This process's highest resident memory so far. Not getrusage's, which starts at that of the process that forked it."""
-    return _status_kib("VmHWM") / 1024
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def _cpu_name() -> str:

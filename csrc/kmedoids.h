@@ -23,7 +23,6 @@ double swap_facilities(const Coverage& problem, int64_t num_fixed, std::vector<i
 struct ExactResult {
   double lower_bound;  // no k facilities cost less; the cost of `chosen` where proven
   bool proven;
-  int64_t num_nodes;
 };
 
 // Branch and bound with the Lagrangian bound of the relaxed assignment (Cornuejols, Fisher & Nemhauser 1977), from the

@@ -32,13 +32,12 @@ class Search {
     nearest.compute(problem_, best_);
     for (int64_t i = 0; i < problem_.num_clients; ++i) price[i] = k_ > 1 ? nearest.second[i] : nearest.first[i];
     const double bound = std::min(std::max(0.0, explore(price, kRootRounds)), best_cost_);
-    return {bound, bound >= best_cost_, num_nodes_};
+    return {bound, bound >= best_cost_};
   }
 
  private:
   // Returns a bound that holds for every choice below this node that is better than best_cost_.
   double explore(std::vector<double> price, int rounds) {
-    ++num_nodes_;
     double bound = raise_bound(price, rounds);
     std::vector<int64_t> decided;
     if (bound < best_cost_ && !late_) bound = std::max(bound, branch(price, bound, decided));
@@ -184,7 +183,6 @@ class Search {
   std::vector<double> rho_;
   std::vector<int64_t> open_, free_;
   bool late_ = false;
-  int64_t num_nodes_ = 0;
 };
 
 }  // namespace

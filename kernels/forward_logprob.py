@@ -92,10 +92,11 @@ def merge_kernel(
         z_target += tl.load(target_SR + at, mask=is_row, other=0.0)
         if HAS_EOS:
             z_eos += tl.load(eos_SR + at, mask=is_row, other=0.0)
-    lse = top + tl.log(total)
-    tl.store(logp_R + rows, at_most_zero(z_target - lse), mask=is_row)
+    # Differences to the top, not to top + log total, which rounds to the digits of the top.
+    log_total = tl.log(total)
+    tl.store(logp_R + rows, at_most_zero(z_target - top - log_total), mask=is_row)
     if HAS_EOS:
-        tl.store(eos_logp_R + rows, at_most_zero(z_eos - lse), mask=is_row)
+        tl.store(eos_logp_R + rows, at_most_zero(z_eos - top - log_total), mask=is_row)
 
 
 def tiles(dtype: torch.dtype, major: int, is_aligned: bool) -> dict[str, int]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ampo_fast.kernels.launch import launch
+from ampo_fast.kernels.row_pass import log1p
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def group_kernel(
     HAS_REF: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_BASELINE: tl.constexpr, IS_AVG: tl.constexpr,
     WEIGHT: tl.constexpr, IS_SQUARED: tl.constexpr, SPLIT_MEAN: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """WEIGHT: 0 none, 1 signed, 2 abs. Rewards, lengths and log-probs are float32; positives int8."""
+    """WEIGHT: 0 none, 1 signed, 2 abs. Lengths and log-probs are float32, rewards too or float64; positives int8."""
     group = tl.program_id(0)
     first = tl.load(offsets_B + group)
     size = (tl.load(offsets_B + group + 1) - first).to(tl.int32)
@@ -38,9 +39,9 @@ def group_kernel(
     reward = tl.load(reward_M + at, mask=is_in, other=0.0)
     base = tl.sum(reward, 0) / tl.maximum(size, 1).to(tl.float32)
     if HAS_BASELINE:
-        base = tl.load(baseline_B + group)
+        base = tl.load(baseline_B + group).to(reward.dtype)
     if WEIGHT > 0:
-        weight = reward - base
+        weight = (reward - base).to(tl.float32)
         if IS_SQUARED:
             weight = weight * weight
         if WEIGHT == 2:
@@ -48,8 +49,13 @@ def group_kernel(
         score += alpha * weight
     if HAS_POSITIVE:
         is_plus = is_in & (tl.load(positive_M + at, mask=is_in, other=0) != 0)
-    elif SPLIT_MEAN:
+    elif SPLIT_MEAN and HAS_BASELINE:
         is_plus = is_in & (reward > base)
+    elif SPLIT_MEAN:
+        # In float64, where the sum of float32 rewards is exact: a rounded mean would move a reward that equals it.
+        wide = reward.to(tl.float64)
+        above = tl.where(is_in, wide - tl.min(tl.where(is_in, wide, float("inf")), 0), 0.0)
+        is_plus = is_in & (above * size.to(tl.float64) > tl.sum(above, 0))
     else:
         known = tl.where(is_in, reward, float("-inf"))
         is_top = is_in & (known == tl.max(known, 0))
@@ -68,11 +74,8 @@ def group_kernel(
     minus_sum = tl.sum(tl.exp(minus - minus_top), 0)
     d = minus_top + tl.log(tl.maximum(minus_sum, 1.2e-38)) - plus_lse
     d = tl.where(minus_sum > 0.0, d, float("-inf"))
-    # softplus(d), from the side that cannot overflow; log1p by Kahan's quotient, exact where 1 + tail rounds to 1.
-    tail = tl.exp(-tl.abs(d))
-    u = 1.0 + tail
-    log1p_tail = tl.where(u == 1.0, tail, tl.log(u) * tail / tl.where(u == 1.0, 1.0, u - 1.0))
-    loss = tl.maximum(d, 0.0) + log1p_tail
+    # softplus(d), from the side that cannot overflow.
+    loss = tl.maximum(d, 0.0) + log1p(tl.exp(-tl.abs(d)))
     share_minus = 1.0 / (1.0 + tl.exp(-d))
     q_plus = tl.where(is_plus, tl.exp(plus - plus_lse), 0.0)
     q_minus = tl.where(is_minus, tl.exp(minus - minus_top) / tl.maximum(minus_sum, 1.2e-38), 0.0)

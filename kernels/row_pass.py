@@ -36,6 +36,13 @@ def at_most_zero(logp):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0 by Kahan's quotient, exact where 1 + x rounds to 1."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
 def logprob_kernel(
     logits_RV, bias_V, target_R, lse_R, logp_R, rest_R, eos_logp_R,
     num_tokens, row_stride, eos_id, softcap, inv_temperature,
@@ -63,14 +70,16 @@ def logprob_kernel(
         others = others * tl.exp(top - new_top) + tl.sum(weights, 0)
         top = new_top
     own = tl.exp(z_target - top)
-    lse = top + tl.log(others + own)
+    log_sum = tl.log(others + own)
     is_token = (target >= 0) & (target < num_tokens)
-    tl.store(lse_R + row, lse)
+    tl.store(lse_R + row, top + log_sum)
+    # Differences to the top, not to lse, which rounds to the digits of the top.
+    logp = tl.where(z_target == top, -log1p(others), z_target - top - log_sum)
     # NaN where the target is no token: nobody waits for the device to say so, and the loss must not look sound.
-    tl.store(logp_R + row, tl.where(is_token, at_most_zero(z_target - lse), float("nan")))
+    tl.store(logp_R + row, tl.where(is_token, at_most_zero(logp), float("nan")))
     tl.store(rest_R + row, others / (others + own))
     if HAS_EOS:
-        tl.store(eos_logp_R + row, at_most_zero(z_eos - lse))
+        tl.store(eos_logp_R + row, at_most_zero(z_eos - top - log_sum))
 
 
 @triton.jit

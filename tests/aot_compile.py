@@ -62,6 +62,8 @@ CASES = [
      GROUP_OPTIONS | {"HAS_POSITIVE": True, "SPLIT_MEAN": False, "BLOCK_G": 64}, {"num_warps": 1}),
     ("group_contrastive_best", group_contrastive.group_kernel, GROUP,
      GROUP_OPTIONS | {"HAS_POSITIVE": False, "SPLIT_MEAN": False, "BLOCK_G": 1024}, {"num_warps": 4}),
+    ("group_contrastive_mean", group_contrastive.group_kernel, GROUP,
+     GROUP_OPTIONS | {"HAS_POSITIVE": False, "HAS_BASELINE": False, "SPLIT_MEAN": True, "BLOCK_G": 1024}, {"num_warps": 4}),
     ("segment_sum", segment_sum.segment_kernel, {"values_R": "*fp32", "offsets_M": "*i64", "sum_M": "*fp32"},
      {"BLOCK": 256}, {"num_warps": 1}),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from builders import config
 
 from ampo_fast import checkpoint
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, prune_checkpoints, require_disk, save_checkpoint
@@ -164,6 +165,34 @@ def test_too_little_room_is_named_before_anything_is_written(tiny_model, tmp_pat
 
 
 def test_a_run_that_cannot_fit_is_refused_at_the_start(tiny_policy, tmp_path):
-    require_disk(tmp_path, tiny_policy, CheckpointConfig())
+    require_disk(tmp_path, tiny_policy, config())
     with pytest.raises(ValueError, match=r"checkpoint\.keep_last"):
-        require_disk(tmp_path, tiny_policy, CheckpointConfig(keep_last=10**9))
+        require_disk(tmp_path, tiny_policy, config(checkpoint={"keep_last": 10**9}))
+
+
+def test_room_is_found_in_what_will_be_replaced_and_nowhere_else(tiny_model, tmp_path, monkeypatch):
+    policy, optimizer = trained(tiny_model, 0)
+    size = 4 * sum(parameter.numel() for parameter in policy.parameters())
+    kept = config(checkpoint={"keep_last": 2})
+    needed = 3 * 3 * size + 2 * size
+    usage = shutil.disk_usage(tmp_path)
+
+    def room(num_bytes):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=num_bytes))
+
+    room(needed)
+    require_disk(tmp_path, policy, kept)
+    with pytest.raises(ValueError, match=r"needs up to"):
+        require_disk(tmp_path, policy, config(checkpoint={"keep_last": 2}, reference={"every": 1}))
+    room(needed - 1)
+    for name in ("rollouts/step_000001", "checkpoints/step_000001/model"):  # the second is older than the newest two
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(10 * size))
+    for step in (2, 3):
+        save_checkpoint(tmp_path / "checkpoints", step, policy, optimizer, {})
+    prune = sum(file.stat().st_size for file in (tmp_path / "checkpoints").glob("step_00000[23]/*.safetensors"))
+    assert 6 * size < prune < 7 * size
+    require_disk(tmp_path, policy, kept)
+    room(needed - prune - 1)
+    with pytest.raises(ValueError, match=r"needs up to"):
+        require_disk(tmp_path, policy, kept)

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import second_device
+import tomli_w
+from conftest import make_tiny_model
 from runs import environment, write_run
+from test_reward_model import make_tiny_bert
+from test_reward_model_training import write_pairs
 
 from ampo_fast.metrics import read_metrics
 
@@ -89,6 +93,57 @@ def test_a_resumed_run_stays_on_its_device_and_has_the_cpus_losses(library, tmp_
     on_second(library, "train", config, *options, "--resume", "auto")
     assert losses(config) == pytest.approx(expected, rel=1e-3)
     assert losses(config) != expected  # the sums run in another order: it did train there
+
+
+REWARD_RUN = """
+import sys, torch, second_device
+library, where = sys.argv[1:3]
+from ampo_fast import distributed
+if where == "second":
+    device = second_device.register(library)
+    distributed.device = lambda: device
+from ampo_fast.config import load_config
+from ampo_fast.reward_model.config import RewardModelConfig, RewardTrainingConfig
+from ampo_fast.reward_model.model import RewardModel
+from ampo_fast.reward_model.training import RewardTrainer, train_reward
+config = load_config(sys.argv[3], sys.argv[4:], schema=RewardTrainingConfig)
+update = RewardTrainer._update
+def fall_over(self, step, items):
+    if step == 7:
+        raise InterruptedError
+    update(self, step, items)
+RewardTrainer._update = fall_over
+try:
+    train_reward(config)
+except InterruptedError:
+    RewardTrainer._update = update
+    train_reward(config, resume=True)
+parameters = RewardModel.load(RewardModelConfig(path=str(config.run_dir / "final"))).parameters()
+assert {parameter.device for parameter in parameters} == {distributed.device()}
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "model"),
+    [(make_tiny_model, {"trained_blocks": 1}), (make_tiny_bert, {"trained_blocks": 0, "pooling": "mean"})],
+    ids=["decoder", "encoder"],
+)
+def test_a_reward_model_trains_and_resumes_on_its_device(library, tmp_path, make, model):
+    values = {
+        "run": {"dir": str(tmp_path / "runs"), "epochs": 2, "trackers": []},
+        "data": {"train": str(write_pairs(tmp_path / "pairs.jsonl")), "eval_share": 0.25, "max_tokens": 64},
+        "model": {"path": str(make(tmp_path / "model"))} | model,
+        "optim": {"prompts_per_step": 4, "lr": 3e-3, "micro_batch_tokens": 256},
+    }
+    (tmp_path / "reward.toml").write_text(tomli_w.dumps(values))
+    rows = []
+    for where in ("host", "second"):
+        finished(sys.executable, "-c", REWARD_RUN, library, where, tmp_path / "reward.toml", "--run.name", where)
+        found = read_metrics(tmp_path / "runs" / where / "metrics.jsonl")
+        rows.append([row["loss"] for row in found if "loss" in row])
+    assert len(rows[0]) == 10
+    assert rows[1] == pytest.approx(rows[0], rel=1e-3)
+    assert rows[1] != rows[0]  # the sums run in another order: it did train there
 
 
 @pytest.mark.parametrize("options", [[], ["--model.lora.rank", "2"]], ids=["all parameters", "lora"])

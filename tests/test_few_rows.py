@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ampo_fast import _C
+from ampo_fast.rollouts import few_rows
 from ampo_fast.rollouts.few_rows import fast_few_rows
 
 
@@ -37,10 +38,18 @@ def test_rows_in_a_view_with_strides_are_taken_as_they_are(model):
         torch.testing.assert_close(model(x), model(x.contiguous()), atol=0, rtol=0)
 
 
+def test_without_the_extension_torch_does_it(model, monkeypatch):
+    monkeypatch.setattr(few_rows, "_C", None)
+    x = torch.randn(3, 24)
+    with torch.no_grad(), fast_few_rows(model):
+        assert torch.equal(model(x), nn.Sequential(*model)(x))
+        assert "forward" not in vars(model[0])
+
+
 @pytest.mark.skipif(_C.vector_path() == "plain", reason="torch's products are used without AVX2")
 def test_few_rows_go_through_the_extension_and_many_do_not(model, monkeypatch):
-    called, few_rows = [], _C.few_rows
-    monkeypatch.setattr(_C, "few_rows", lambda x, w, b: called.append((x.shape, w.shape)) or few_rows(x, w, b))
+    called, product = [], _C.few_rows
+    monkeypatch.setattr(_C, "few_rows", lambda x, w, b: called.append((x.shape, w.shape)) or product(x, w, b))
     with torch.no_grad(), fast_few_rows(model):
         model(torch.randn(16, 1, 24))
         model(torch.randn(97, 24))

@@ -272,6 +272,20 @@ def test_no_product_is_made_for_a_gradient_that_nobody_wants(frozen, products):
     assert counter.get_total_flops() == products * 40 * D * V
 
 
+@pytest.mark.parametrize(("options", "products"), [({}, 4), ({"softcap": 4.0}, 4), ({"eos_id": 3}, 6)], ids=str)
+def test_a_frozen_head_keeps_the_hidden_gradient_of_a_unit_upstream(options, products):
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which test_kernels must be the first to do
+
+    hidden, weight, _, target, _ = inputs()
+    frozen = weight.detach()
+    with FlopCounterMode(display=False) as counter:
+        out = linear_logprob(hidden, frozen, target, temperature=0.8, **options)
+        sum(part.sum() for part in (out if "eos_id" in options else (out,))).backward()
+    assert counter.get_total_flops() == products * 40 * D * V
+    run = lambda h: linear_logprob(h, frozen, target[:6], temperature=0.8, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (hidden[:6].detach().requires_grad_(),))
+
+
 def test_without_gradient_only_the_logits_are_made():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -286,8 +300,6 @@ def test_linear_logprob_gradcheck_for_signed_upstream():
     hidden, target = hidden[:6].detach().requires_grad_(), target[:6]
     run = lambda h, w, b: linear_logprob(h, w, target, bias_V=b, eos_id=3, temperature=0.8, softcap=4.0)  # noqa: E731
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
-    frozen = weight.detach()
-    assert torch.autograd.gradcheck(lambda h: linear_logprob(h, frozen, target, temperature=0.8), (hidden,))
 
 
 def test_sure_target_keeps_its_gradient_digits():
@@ -300,6 +312,41 @@ def test_sure_target_keeps_its_gradient_digits():
     logp.sum().backward()
     exact = 1 - torch.softmax(weight.detach().double()[:, 0], 0)[0]
     assert weight.grad[0, 0].item() == pytest.approx(exact.item(), rel=2e-5)
+
+
+def test_a_sure_target_far_from_zero_keeps_the_digits_of_its_log_prob():
+    # z - (top + log sum) would round to the digits of the top: 1e-3 at 1e4.
+    hidden, weight, bias = torch.zeros(2, 2), torch.zeros(50, 2), torch.full((50,), 9986.0)
+    bias[7] = 1e4
+    logp, eos_logp = linear_logprob(hidden, weight, torch.tensor([7, 3]), bias_V=bias, eos_id=4)
+    exact = torch.log_softmax(bias.double(), 0)
+    torch.testing.assert_close(logp.double(), exact[[7, 3]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(eos_logp.double(), exact[[4, 4]], rtol=1e-6, atol=0)
+
+
+def test_a_frozen_head_has_the_trained_ones_gradient_under_autocast_and_one_backward():
+    hidden, weight, _, target, _ = inputs(torch.float32)
+    grads = []
+    for leaf in (weight, weight.detach()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_logprob(hidden, leaf, target).sum()
+        grads += torch.autograd.grad(loss, hidden)
+        with pytest.raises(RuntimeError, match="a second time"):
+            loss.backward()
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-6)
+
+
+def test_a_group_without_responses_is_no_hindrance_to_an_eos_penalty():
+    hidden, weight, _, target, reward = inputs()
+    groups = torch.tensor([0, 0, 3, 3, 7])
+    loss_fn = losses.REFA1vsK(eos_penalty="simple", eos_lambda=0.5)
+    found = [
+        fused_linear_group_loss(
+            hidden, weight, target, RESPONSES, groups, reward, loss_fn, eos_id=3, mode=mode, chunk_rows=1
+        )[0].item()
+        for mode in ("grouped", "recompute")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -335,8 +382,18 @@ def test_sure_target_keeps_its_gradient_digits():
         ({"reward_M": torch.zeros(6)}, "reward_M"),
         ({"mode": "fast"}, "mode"),
         ({"impl": "triton"}, "impl"),
+        ({"response_offsets": torch.tensor([0, 5, 9, 12, 20, 22, 21, 40])}, "entry 6 is 21 after 22"),
+        ({"chunk_rows": "4"}, "chunk_rows = '4'"),
         ({"eos_id": 97}, "eos_id"),
+        ({"eos_id": [3, 4]}, r"eos_id = \[3, 4\]; it must be one token id"),
+        ({"eos_id": True}, "eos_id = True"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": None}, "temperature = None"),
+        (
+            {"loss_fn": lambda stats: stats.logp_M.sum()},
+            r"loss_fn returned torch.float64 \(\); it must return .*LossOutput",
+        ),
+        ({"reward_M": torch.zeros(7).as_subclass(type("DTensor", (torch.Tensor,), {}))}, r"reward_M\.full_tensor"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ampo_fast"
 
 # A package is one entry (losses, report), or a room: each of its modules is one (vllm.engine).
 LEVELS = [
-    {"types", "config", "margins_fit", "jsonl", "files", "assets", "metrics", "progress", "trace", "evaluation_summary", "_C",
-     "kernels", "dispatch", "templating", "urls", "engine_config", "vllm.lifeline", "reward_model.config",
-     "reward_model.calibration", "random_streams"},
+    {"types", "config", "margins_fit", "jsonl", "files", "memory", "assets", "metrics", "progress", "trace",
+     "evaluation_summary", "_C", "kernels", "dispatch", "opaque", "templating", "urls", "engine_config", "vllm.lifeline",
+     "reward_model.config", "reward_model.calibration", "random_streams"},
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},

@@ -354,3 +354,11 @@ def test_groups_are_independent(sizes, seed):
             ResponseStats(logp[start:end], length[start:end], reward[start:end], torch.tensor([0, end - start]))
         ).per_group_B[0]
         assert alone.item() == pytest.approx(together[b].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("beta", math.inf), ("beta", "1"), ("alpha", math.nan), ("gamma", math.inf), ("gamma", -1.0)]
+)
+def test_options_that_are_no_numbers_are_named(option, value):
+    with pytest.raises(ValueError, match=f"{option} = "):
+        GroupContrastive(**({"beta": 1.0} | {option: value}))

@@ -150,3 +150,33 @@ def test_kto_by_hand():
 def test_kto_refuses_a_negative_reference_point():
     with pytest.raises(ValueError, match="kl"):
         KTO(kl=-0.1)
+
+
+def test_kto_finds_nothing_desirable_where_all_rewards_are_equal():
+    base = stats()
+    equal = ResponseStats(base.logp_M, base.length_M, torch.full((4,), 0.11), base.group_offsets, base.ref_logp_M)
+    none = ResponseStats(
+        base.logp_M, base.length_M, base.reward_M, base.group_offsets, base.ref_logp_M, None, torch.zeros(4) > 0
+    )
+    assert KTO()(equal).loss.item() == pytest.approx(KTO()(none).loss.item(), rel=1e-12)
+
+
+def test_gains_that_overflow_are_refused_with_the_way_out():
+    base = stats()
+    with pytest.raises(ValueError, match=r"reward_M reaches 200: .* overflows; .*reward\.normalize"):
+        LambdaPO()(
+            ResponseStats(base.logp_M.float(), base.length_M, torch.tensor([200.0, 1, 2, 3]), base.group_offsets)
+        )
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_the_order_losss_gradient_keeps_its_digits_with_the_scores_size(size):
+    # Two responses: Plackett-Luce is DPO, whose gradient is exact.
+    logp = torch.tensor([size, -size, -size, size, 3.0, 3.5])
+    grads = []
+    for loss, dtype in ((PlackettLuce(beta=0.5), torch.float32), (DPO(beta=0.5), F64)):
+        leaf = logp.to(dtype, copy=True).requires_grad_()
+        reward = torch.tensor([1.0, 0.0] * 3)
+        loss(ResponseStats(leaf, torch.ones(6), reward, torch.tensor([0, 2, 4, 6]))).loss.backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=3e-7 * max(1.0, size / 100), atol=1e-38)

@@ -320,3 +320,11 @@ def test_extreme_log_probs_stay_finite_in_float32(name, loss):
 def test_options_out_of_range_are_named(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def test_a_given_positive_is_preferred_whatever_the_rewards():
+    positive = torch.tensor([False, True, False, False])  # of the lowest reward
+    out = DPO(pairs="best_vs_rest")(stats(positive_M=positive))
+    rho = [logp - ref for logp, ref in zip(LOGP, REF, strict=True)]
+    assert out.loss.item() == pytest.approx(sum(-ls(0.1 * (rho[1] - rho[j])) for j in (0, 2, 3)) / 3, rel=1e-12)
+    assert int(out.metrics["pairs"]) == 3

@@ -55,12 +55,15 @@ def test_they_are_those_of_a_forward_of_the_batch_and_each_is_computed_once(tiny
     assert len(calls) == done + 1
 
 
-def test_a_resumed_run_reads_what_was_computed_and_mends_a_torn_line(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("torn", [b'{"id": "p2", "ind', '{"id": "\u00e9'.encode()[:-1]], ids=["key", "character"])
+def test_a_resumed_run_reads_what_was_computed_and_mends_a_torn_line(tiny_model, tmp_path, monkeypatch, torn):
     first = make(tiny_model)
     first.keep_in(tmp_path)
     first.prepare([selected(0), selected(1)])
     path = next((tmp_path / "reference").glob("*.jsonl"))
-    path.write_text(path.read_text() + '{"id": "p2", "ind')
+    kept = path.read_bytes()
+    # A file of another prompt whose id holds what str.splitlines takes for the end of a line.
+    path.write_bytes(kept + '{"id": "a\u2028b", "index": 0, "logp": -1.0}\n'.encode() + torn)
     second = make(tiny_model)
     second.keep_in(tmp_path)
     calls = count_forwards(second, monkeypatch)
@@ -70,9 +73,9 @@ def test_a_resumed_run_reads_what_was_computed_and_mends_a_torn_line(tiny_model,
     assert not calls
     assert torch.equal(first.of(batch, micro).ref_logp_M, second.of(batch, micro).ref_logp_M)
     second.prepare([selected(2)])
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 9
-    assert len({(row["id"], row["index"]) for row in rows}) == 9
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert len(rows) == 10
+    assert len({(row["id"], row["index"]) for row in rows}) == 10
 
 
 def test_another_model_template_length_or_data_is_refused(tiny_model, tmp_path):

@@ -140,6 +140,17 @@ def test_a_full_cache_falls_back_to_computing(tiny_bert, caplog):
         load(tiny_bert, trained_blocks=3)
 
 
+def test_models_that_share_a_cache_share_its_room(tiny_bert):
+    first, second = (load(tiny_bert, trained_blocks=1, cache_mib=1) for _ in range(2))
+    half = torch.zeros(2**17)  # MiB / 2
+    first.frozen.keep("a", half)
+    second.frozen.share(first.frozen)
+    for model, key in ((second, "b"), (first, "c"), (second, "d")):
+        model.frozen.keep(key, half)
+    assert first.frozen.kept is second.frozen.kept
+    assert list(first.frozen.kept) == ["a", "b"]
+
+
 def test_export_scores_the_same_through_hf(backbone, tmp_path):
     model = load(backbone)
     encoded = encode(model)

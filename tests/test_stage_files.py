@@ -200,8 +200,17 @@ def test_missing_wrong_and_broken_embeddings_are_clear_errors(tmp_path):
         ('{"id": 3, "prompt": [], "responses": []}', r"x\.jsonl:2: .*id must be text"),
         ('{"id": "b", "prompt": "q", "responses": []}', r"x\.jsonl:2: .*prompt must be a list"),
         ('{"id": "b", "prompt": []}', r"x\.jsonl:2: .*responses must be a list"),
-        ('{"id": "b", "prompt": [], "responses": [{"content": null}]}', r"x\.jsonl:2: .*must have text content"),
-        ('{"id": "a", "prompt": [], "responses": []}', r"x\.jsonl:2: id 'a' is already at .*x\.jsonl:1"),
+        ('{"id": "b", "prompt": ["q"], "responses": []}', r"x\.jsonl:2: .*prompt must be a list of messages"),
+        ('{"id": "b", "prompt": [{"content": "q"}], "responses": []}', r"x\.jsonl:2: .*each with role"),
+        ('{"id": "b", "prompt": [], "responses": [{"content": null}]}', r"x\.jsonl:2: .*each with text content"),
+        (
+            '{"id": "b", "prompt": [{"role": "user", "content": "q"}], "responses": [{"content": "", "selected": "best"}]}',
+            r"x\.jsonl:2: .*selected = 'best' must be positive, negative or null",
+        ),
+        (
+            '{"id": "a", "prompt": [{"role": "user", "content": "q"}], "responses": []}',
+            r"x\.jsonl:2: id 'a' is already at .*x\.jsonl:1",
+        ),
     ],
 )
 def test_broken_rows_name_file_and_line(tmp_path, line, message):

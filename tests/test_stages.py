@@ -400,6 +400,7 @@ def test_grown_input_computes_only_what_is_new(pipeline, prompts, fakes):
         ("score", {"loss": {"name": "DPO"}}, r"loss\.name = 'AMPO', now 'DPO'"),
         ("embed", {"embed": {"model": "policy"}}, r"embed\.model = .* now 'policy'"),
         ("select", {"select": {"k": 3}}, r"select\.k = 2, now 3"),
+        ("select", {"loss": {"name": "MMPO"}}, r"loss\.name = 'AMPO', now 'MMPO'"),  # which trains on ties
     ],
 )
 def test_other_settings_are_refused_by_field(stage, change, message, pipeline, prompts):

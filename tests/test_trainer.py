@@ -1,21 +1,25 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import config
 from runs import command, comparable, of_other_modes, reached, write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import PolicyEmbedder
 from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.metrics import read_metrics
+from ampo_fast.model import Policy
 from ampo_fast.preview import dry_run
 from ampo_fast.trainer import Trainer, train
 from ampo_fast.update import Updater
@@ -171,6 +175,30 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(finished, tiny_mode
     assert (config.run_dir / "eval/step_000003.jsonl").is_file()
     kept = json.loads((config.run_dir / "checkpoints/step_000006/state.json").read_text())["state"]
     assert kept["best_reward"] == pytest.approx(made[3], rel=1e-6)
+
+
+def test_an_evaluation_without_a_reward_is_never_the_best():
+    trainer = SimpleNamespace(step=3, config=config(checkpoint={"save_best": False}))
+    trainer.state = {"best_reward": None, "bad_evals": 0, "kl": 0.0}
+    seen = []
+    for reward, kl in ((math.nan, 0.1), (None, None), (0.2, 0.3), (math.nan, math.nan), (0.3, 0.4)):
+        Trainer._take_in(trainer, {"eval/reward": reward, "eval/kl": kl})
+        seen.append((trainer.state["best_reward"], trainer.state["bad_evals"], trainer.state["kl"]))
+    assert seen == [(None, 1, 0.1), (None, 2, 0.1), (0.2, 0, 0.3), (0.2, 1, 0.3), (0.3, 0, 0.4)]
+
+
+@pytest.mark.parametrize(
+    ("sections", "is_kept"),
+    [({"loss": {"name": "DPO"}}, True), ({"loss": {"name": "DPO"}, "reference": {"every": 1}}, False), ({}, False)],
+    ids=["frozen", "moves", "none"],
+)
+def test_evaluations_use_the_frozen_reference_as_the_start(tiny_model, sections, is_kept):
+    made = config(model={"path": str(tiny_model)}, **sections)
+    trainer = SimpleNamespace(config=made, updater=Updater(made, Policy.load(made.model)))
+    start = Trainer._load_start(trainer)
+    assert (trainer.updater.reference is not None and start is trainer.updater.reference.model) is is_kept
+    for ours, theirs in zip(start.parameters(), Policy.load(made.model).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

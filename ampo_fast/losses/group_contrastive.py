@@ -66,8 +66,10 @@ class GroupContrastive(Loss):
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         check_positive("beta", self.beta)
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma = {self.gamma}; it must not be negative")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha = {self.alpha}; it must be a number")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma = {self.gamma}; it must be a number that is not negative")
         if self.eos_penalty == "budgeted" and not (self.eos_budget and self.eos_budget > 0):
             raise ValueError(f'eos_budget = {self.eos_budget}; eos_penalty = "budgeted" needs a number of tokens')
 
@@ -115,8 +117,10 @@ class GroupContrastive(Loss):
         if given_BG is not None:
             return given_BG
         reward_BG = padded_rewards(stats, groups)
+        if self.split == "mean" and stats.baseline_B is None:
+            return groups.above_mean(reward_BG)
         if self.split == "mean":
-            return (reward_BG > _baseline(stats, groups, reward_BG)) & groups.mask_BG
+            return (reward_BG > stats.baseline_B.to(reward_BG)[:, None]) & groups.mask_BG
         return groups.first_best(reward_BG)
 
     def _eos_term(self, stats: ResponseStats) -> torch.Tensor:
@@ -168,12 +172,15 @@ class _TritonContrast(torch.autograd.Function):
         def as_float(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.detach().float()
 
+        def in_own_precision(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
         sizes_B = stats.group_offsets.diff()
         positive_M = None if stats.positive_M is None else stats.positive_M.to(torch.int8)
         loss_B, grad_M = group_contrastive(
-            as_float(logp_M), as_float(stats.length_M), as_float(stats.reward_M),
+            as_float(logp_M), as_float(stats.length_M), in_own_precision(stats.reward_M),
             on_device(stats.group_offsets, logp_M.device), int(sizes_B.max()) if sizes_B.numel() else 0,
-            as_float(stats.ref_logp_M), positive_M, as_float(stats.baseline_B),
+            as_float(stats.ref_logp_M), positive_M, in_own_precision(stats.baseline_B),
             beta=loss.beta, alpha=loss.alpha * (loss.beta if loss.alpha_place == "inside" else 1.0),
             log_gamma=math.log(loss.gamma) if loss.gamma else -math.inf,
             is_avg=loss.score == "avg", weight=loss.weight if loss.alpha else "none",

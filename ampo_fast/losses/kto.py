@@ -7,7 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, check_positive, mean_output
+from ampo_fast.losses.stats import (
+    CheckedStats,
+    Groups,
+    Loss,
+    LossOutput,
+    check_positive,
+    given_positives,
+    mean_output,
+    padded_rewards,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +42,9 @@ class KTO(Loss):
     def _output(self, stats: CheckedStats) -> LossOutput:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         logit_BG = self.beta * (groups.pad(stats.log_ratio_M, 0.0) - self.kl)
-        if stats.positive_M is not None:
-            desirable_BG = groups.pad(stats.positive_M.bool(), False)
-        else:
-            reward_BG = groups.pad(stats.reward_M.to(logit_BG.dtype), 0.0)
-            desirable_BG = reward_BG > groups.mean(reward_BG)
+        desirable_BG = given_positives(stats, groups)
+        if desirable_BG is None:
+            desirable_BG = groups.above_mean(padded_rewards(stats, groups))
         # 1 - sigmoid(x) = sigmoid(-x), without losing digits where x is large.
         terms_BG = torch.where(
             desirable_BG,

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from ampo_fast.losses.pairs import gap, mean_over_pairs
 from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.validation import checks_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,13 @@ class PlackettLuce(_Listwise):
 def plackett_luce(score_BG: torch.Tensor, reward_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.Tensor:
     """[B]: negative log-likelihood of the reward order under scores. Padding sorts last and adds nothing."""
     order_BG = reward_BG.masked_fill(~mask_BG, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    sorted_BG, is_in_BG = score_BG.gather(1, order_BG), mask_BG.gather(1, order_BG)
+    index_G = torch.arange(score_BG.shape[1], device=score_BG.device)
+    is_later_BGG = (index_G > index_G[:, None]) & is_in_BG[:, None, :]
+    # softplus of the later ones' differences, not logcumsumexp, whose backward loses digits with the scores' size.
     lowest = torch.finfo(score_BG.dtype).min
-    sorted_BG = score_BG.masked_fill(~mask_BG, lowest).gather(1, order_BG)
-    tail_BG = sorted_BG.flip(1).logcumsumexp(1).flip(1)
-    return torch.where(mask_BG.gather(1, order_BG), tail_BG - sorted_BG, 0.0).sum(1)
+    rest_BG = (-gap(sorted_BG)).masked_fill(~is_later_BGG, lowest).logsumexp(2)
+    return torch.where(is_in_BG, softplus(rest_BG, threshold=80.0), 0.0).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +120,23 @@ class LambdaPO(_Listwise):
 
     tau is the policy's own rank (1 = highest m, ties: lower index first; no gradient). normalized (default, as public
     code does): gains divided by the group's best DCG, and the mean over pairs; False: raw gains and the sum, as printed.
+
+    Gains are LambdaRank's, for rewards of 0 and more: below it the best DCG can come close to 0, and the loss be of any size.
+    Raises ValueError on a CPU where 2^r overflows.
     """
 
     normalized: bool = True
 
+    default_normalize: ClassVar[str] = "minmax"
+
     def group_terms(self, score_BG, reward_BG, groups):
         mask_BG = groups.mask_BG
         gain_BG = (torch.exp2(reward_BG) - 1.0).masked_fill(~mask_BG, 0.0)
+        if checks_values(gain_BG) and bool(gain_BG.isinf().any()):
+            raise ValueError(
+                f"reward_M reaches {reward_BG.max():g}: its gain 2^r overflows; divide the rewards "
+                '(in a run: reward.normalize = "minmax")'
+            )
         if self.normalized:
             gain_BG = gain_BG / _best_dcg(gain_BG, reward_BG, mask_BG)
         discount_BG = 1.0 / torch.log2(1.0 + _ranks(score_BG.detach(), mask_BG))

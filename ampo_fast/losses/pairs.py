@@ -37,8 +37,8 @@ def preferred_pairs(
     """([B, G, G] pairs (i preferred, j), [B, G, G] those of equal reward); each unordered pair at most once.
 
     pairs "all": every two responses of a group, the higher reward preferred. "best_vs_rest": positive_BG where given,
-    else the first of the highest reward, against each other response. Pairs of equal reward are left out unless
-    keep_equal, where the lower index comes first. A NaN reward is in no pair.
+    whatever the rewards, else the first of the highest reward, against each other response. Pairs of equal reward are left
+    out unless keep_equal, where the lower index comes first. A NaN reward is in no pair.
     """
     both_BGG = groups.mask_BG[:, :, None] & groups.mask_BG[:, None, :]
     better_BGG = gap(reward_BG) > 0
@@ -46,6 +46,8 @@ def preferred_pairs(
     if pairs == "best_vs_rest":
         best_BG = groups.first_best(reward_BG) if positive_BG is None else positive_BG
         both_BGG = both_BGG & best_BG[:, :, None] & ~best_BG[:, None, :]
+        if positive_BG is not None:
+            better_BGG = better_BGG | (gap(reward_BG) < 0)
     else:
         index_G = torch.arange(reward_BG.shape[1], device=reward_BG.device)
         equal_BGG = equal_BGG & (index_G[:, None] < index_G)

@@ -15,7 +15,15 @@ from ampo_fast.losses import listwise
 from ampo_fast.losses.margins import length_similarity, prior_bound
 from ampo_fast.losses.pairs import gap, mean_over_pairs, preferred_pairs, soft_label_loss
 from ampo_fast.losses.stats import Groups, LossOutput, check_lengths, check_positive, mean_output
-from ampo_fast.validation import check_choice, check_finite, check_offsets, check_tensor, check_vector, checks_values
+from ampo_fast.validation import (
+    check_choice,
+    check_finite,
+    check_offsets,
+    check_tensor,
+    check_vector,
+    checks_values,
+    describe,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +61,8 @@ class RewardLoss:
         length_M: torch.Tensor | None = None,
         similarity: torch.Tensor | None = None,
     ) -> LossOutput:
-        if not isinstance(score_M, torch.Tensor) or not score_M.is_floating_point():
-            raise ValueError("score_M must be a floating point tensor, one score per response")
+        if not isinstance(score_M, torch.Tensor) or not score_M.is_floating_point() or score_M.ndim != 1:
+            raise ValueError(f"score_M must be a 1-D tensor of floats, one score per response, got {describe(score_M)}")
         offsets = check_offsets("group_offsets", group_offsets, score_M.shape[0])
         for name, vector in (("score_M", score_M), ("reward_M", reward_M)):
             check_vector(name, vector, int(offsets[-1]), score_M.device)

@@ -6,8 +6,10 @@ Shapes: R rows, M responses, B groups, G the largest group.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -178,6 +180,19 @@ class Groups:
         total_B1 = values_BG.masked_fill(~self.mask_BG, 0.0).sum(1, keepdim=True)
         return total_B1 / self.size_B.clamp(min=1)[:, None]
 
+    def above_mean(self, reward_BG: torch.Tensor) -> torch.Tensor:
+        """[B, G] True where a reward is above its group's mean, decided exactly for rewards of float32 or less.
+
+        A float32 mean rounds, otherwise in a row that is padded otherwise: a reward that equals it would change sides with
+        the group's company.
+        """
+        if reward_BG.numel() == 0:
+            return self.mask_BG
+        reward_BG = reward_BG.double()
+        lowest_B1 = reward_BG.masked_fill(~self.mask_BG, torch.inf).amin(1, keepdim=True)
+        above_BG = torch.where(self.mask_BG, reward_BG - lowest_B1, 0.0)
+        return (above_BG * self.size_B[:, None] > above_BG.sum(1, keepdim=True)) & self.mask_BG
+
     def first_best(self, reward_BG: torch.Tensor) -> torch.Tensor:
         """[B, G] True at each group's highest reward, ties to the lowest index. NaN is never the best."""
         if reward_BG.numel() == 0:
@@ -226,5 +241,5 @@ def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutpu
 
 
 def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} = {value}; it must be positive")
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value!r}; it must be a positive number")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ampo_fast.metrics import METRICS_FILE, scan_metrics
+from ampo_fast.stage_files import is_stage_row
 
 Row = dict[str, Any]
 
@@ -83,7 +84,7 @@ def scan_rows(path: Path) -> tuple[list[Row], list[str]]:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             row, problem = None, "not JSON"
-        if problem is None and not _is_stage_row(row):
+        if problem is None and not is_stage_row(row):
             problem = "not a row of a stage file"
         elif problem is None and row["id"] in seen:
             problem = f"id {row['id']!r} appears twice"
@@ -93,20 +94,6 @@ def scan_rows(path: Path) -> tuple[list[Row], list[str]]:
         else:
             problems.append(f"{path}:{number}: {problem}; left out of this report")
     return rows, problems
-
-
-def _is_stage_row(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("id"), str)
-        and _are_texts(row.get("prompt"))
-        and bool(row["prompt"])
-        and _are_texts(row.get("responses"))
-    )
-
-
-def _are_texts(items: Any) -> bool:
-    return isinstance(items, list) and all(isinstance(i, dict) and isinstance(i.get("content"), str) for i in items)
 
 
 def _is_evaluation(line: Row) -> bool:

@@ -58,7 +58,8 @@ def load_checkpoint(
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
         if moments:
-            optimizer.state[parameter] = moments
+            # AdamW keeps its count of steps on the host, the moments beside their parameter.
+            optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in moments.items()}
     best = state.pop("best") | {"weights": {n: saved[f"best.{n}"] for n in names}}
     return best, state
 

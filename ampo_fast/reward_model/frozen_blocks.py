@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ Unit = tuple[int, int, int]
 """(row, first token, end) of what is computed alone, whatever shares its batch."""
 
 
+@dataclass(slots=True)
+class _Cache:
+    left: int
+    """Bytes that may still be taken."""
+    kept: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+
+
 class FrozenBlocks:
     """Freezes embeddings and all but the last `trained` blocks; None trains everything.
 
@@ -28,8 +36,7 @@ class FrozenBlocks:
 
     def __init__(self, model: nn.Module, trained: int | None, limit_mib: int) -> None:
         self._blocks = find_blocks(model.base_model)
-        self._left = limit_mib * 2**20
-        self.kept: dict[Hashable, torch.Tensor] = {}
+        self._cache = _Cache(limit_mib * 2**20)
         self.count = 0
         if trained is None:
             return
@@ -41,11 +48,15 @@ class FrozenBlocks:
         self.count = len(self._blocks) - trained
         _freeze(model.base_model, self._blocks, self.count)
 
+    @property
+    def kept(self) -> dict[Hashable, torch.Tensor]:
+        return self._cache.kept
+
     def forward(
         self, keys: Sequence[Hashable], units: Sequence[Unit], shape: tuple[int, int], run: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """run(), with the frozen blocks left out where the outputs of all units [n, L] = shape are kept."""
-        if not self.count or not (self.kept or self._left > 0):
+        if not self.count or not (self.kept or self._cache.left > 0):
             return run()
         if all(key in self.kept for key in keys):
             first = self.kept[keys[0]]
@@ -72,18 +83,18 @@ class FrozenBlocks:
         mine, theirs = (blocks._blocks[: blocks.count].state_dict() for blocks in (self, other))
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
             raise ValueError("the frozen blocks differ: their outputs cannot be shared")
-        self.kept, self._left = other.kept, other._left
+        self._cache = other._cache
 
     def keep(self, key: Hashable, hidden_LD: torch.Tensor) -> None:
         size = hidden_LD.numel() * hidden_LD.element_size()
         if key in self.kept:
             return
-        if size > self._left:
-            if self._left > 0:
+        if size > self._cache.left:
+            if self._cache.left > 0:
                 log.warning("model.cache_mib is full after %d texts: the others run through all blocks", len(self.kept))
-            self._left = 0
+            self._cache.left = 0
             return
-        self._left -= size
+        self._cache.left -= size
         self.kept[key] = hidden_LD.detach().clone()
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ampo_fast import attention
+from ampo_fast import attention, distributed
 from ampo_fast.assets import from_hub, resolve_model
 from ampo_fast.files import apply_umask
 from ampo_fast.model import attention_implementation
@@ -71,7 +71,9 @@ class RewardModel(nn.Module):
         seed: int | None = None,
         field: str = "model.path",
     ) -> RewardModel:
-        """Loads a backbone or a reward model. With `seed` a head that a bare backbone lacks is made anew; else it is refused.
+        """Loads a backbone or a reward model onto this process's device.
+
+        With `seed` a head that a bare backbone lacks is made anew; else it is refused.
 
         Raises ValueError naming the field for what cannot be loaded, for parameters that the checkpoint lacks, and for
         more than one output.
@@ -100,7 +102,7 @@ class RewardModel(nn.Module):
         check_missing(model, settings, info, config.path, field, seed is not None)
         if config.pooling == "mean":
             append_mean_block(model, config.keep_blocks, field)
-        return cls(model, text, config, field)
+        return cls(model.to(distributed.device()), text, config, field)
 
     @property
     def device(self) -> torch.device:

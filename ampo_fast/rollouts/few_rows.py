@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ampo_fast import _C
+from ampo_fast.compiled import _C
 
 _MAX_ROWS = 96  # beyond it torch's own products are as fast
 
@@ -35,7 +35,12 @@ def fast_few_rows(model: nn.Module) -> Iterator[None]:
 
 
 def _is_taken(weight_OI: torch.Tensor) -> bool:
-    return _C.vector_path() != "plain" and weight_OI.dtype == torch.float32 and weight_OI.is_contiguous()
+    return (
+        _C is not None
+        and _C.vector_path() != "plain"
+        and weight_OI.dtype == torch.float32
+        and weight_OI.is_contiguous()
+    )
 
 
 def _forward(layer: nn.Linear, weight_OI: np.ndarray, bias_O: np.ndarray | None, x: torch.Tensor) -> torch.Tensor:
