@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from ampo_fast.jsonl import is_number
 from ampo_fast.types import GivenResponse
 
 Row = dict[str, Any]
@@ -87,13 +88,9 @@ def _reward(value: Any, field: str) -> float | None:
     """A finite number, or None for null, NaN and infinity: the trainer masks and counts those."""
     if value is None:
         return None
-    if not _is_number(value):
+    if not is_number(value):
         raise ValueError(f"{field} must be a number or null, got {_kind(value)}")
     return float(value) if math.isfinite(value) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind(value: Any) -> str:
@@ -187,7 +184,7 @@ def _scores(value: Any) -> dict[str, float | None]:
     """The numbers of {name: number}; other tools' `scores`, of any other shape, are none of ours."""
     if not isinstance(value, dict):
         return {}
-    return {name: _reward(number, name) for name, number in value.items() if number is None or _is_number(number)}
+    return {name: _reward(number, name) for name, number in value.items() if number is None or is_number(number)}
 
 
 def _mean(scores: dict[str, float | None]) -> float | None:

@@ -11,7 +11,15 @@ import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.compiled import _C, as_numpy, resolve_impl, why_not_dtype
-from ampo_fast.validation import check_choice, check_finite, check_floats, check_offsets, check_tensor
+from ampo_fast.validation import (
+    check_choice,
+    check_finite,
+    check_floats,
+    check_offsets,
+    check_tensor,
+    checks_values,
+    whole_number,
+)
 
 _METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -30,6 +38,8 @@ def pairwise_distances(
     if points.ndim != 2:
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
+    if metric != "cosine":
+        _check_size(points)
     n = points.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
     impl = resolve_impl(impl, points, why_not_dtype(points))
@@ -40,7 +50,8 @@ def pairwise_distances(
     if impl == "cpp":
         flat = torch.from_numpy(_C.pairwise(as_numpy(on_cpu), offsets.numpy(), _METRICS.index(metric)))
     else:
-        flat = torch.cat([reference.distances(p, metric).flatten() for p in on_cpu.split(offsets.diff().tolist())])
+        blocks = [reference.distances(p, metric).flatten() for p in on_cpu.split(offsets.diff().tolist())]
+        flat = torch.cat([*blocks, on_cpu.new_empty(0, dtype=torch.promote_types(points.dtype, torch.float32))])
     flat = flat.to(points.device)
     return flat.view(n, n) if group_offsets is None else flat
 
@@ -68,13 +79,15 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     Raises ValueError for k outside 1 .. n, seeds out of range, repeated or more than k, and NaN.
     """
     check_floats("points", points)
+    k = whole_number("k", k)
     if points.ndim != 2 or not 1 <= k <= points.shape[0]:
         raise ValueError(f"k = {k}, but points are {tuple(points.shape)}; k must be in 1 .. n")
     n = points.shape[0]
-    first = [int(seed) for seed in seeds] if seeds is not None and len(seeds) else [0]
+    first = _indices("seeds", seeds) or [0]
     if not all(0 <= seed < n for seed in first) or len(set(first)) != len(first) or len(first) > k:
         raise ValueError(f"seeds = {first} must be distinct indices below {n}, at most k = {k}")
     check_finite("points", points)
+    _check_size(points)
     impl = resolve_impl(impl, points, why_not_dtype(points) or _why_not_pool(points.shape[1]))
     if impl == "cuda":
         return _k_center_cuda(points.detach().contiguous(), k, first)
@@ -101,6 +114,33 @@ def _k_center_cuda(points: torch.Tensor, k: int, first: list[int]) -> torch.Tens
     return chosen
 
 
+def _indices(name: str, indices: Sequence[int] | None) -> list[int]:
+    if indices is None:
+        return []
+    try:
+        return [whole_number(f"{name}[{i}]", index) for i, index in enumerate(indices)]
+    except TypeError:
+        raise ValueError(f"{name} must be a list of indices, got {indices!r}") from None
+
+
+_SIZES = {torch.float64: (1e-140, 1e140)}
+"""Of the largest coordinate: beyond it squares leave the type's range, or lose the digits of what is below it."""
+
+
+def _check_size(points: torch.Tensor) -> None:
+    """Raises ValueError where squared distances leave float32 (float64); on a CPU, or after validate(True)."""
+    if not points.numel() or not checks_values(points):
+        return
+    low, high = points.detach().aminmax()
+    size = max(-float(low), float(high))
+    smallest, largest = _SIZES.get(points.dtype, (1e-14, 1e17))
+    if size and not smallest <= size <= largest:
+        raise ValueError(
+            f"points has coordinates of up to {size:g}: the squares of such distances are beyond float32; scale the points, "
+            "to unit length for example"
+        )
+
+
 def _why_not_pool(dim: int) -> str | None:
     if _C is not None and dim > _C.max_cuda_pool_dim:
         return f"k_center of more than {_C.max_cuda_pool_dim} dimensions runs on the host"
@@ -124,7 +164,7 @@ def k_medoids(
     check_tensor("distances", distances)
     impl = resolve_impl(impl, distances, "k_medoids of one problem runs on the host")
     n = distances.shape[0] if distances.ndim else 0
-    kept = [int(i) for i in fixed or ()]
+    kept, k = _indices("fixed", fixed), whole_number("k", k)
     if distances.shape != (n, n) or not 1 <= k <= n:
         raise ValueError(f"distances must be [n, n] and k in 1 .. n, got {tuple(distances.shape)} and k = {k}")
     if len(set(kept)) != len(kept) or not all(0 <= i < n for i in kept) or len(kept) > k:

@@ -6,13 +6,13 @@ one number (or null: no reward) for each response, in order.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ampo_fast.engine_config import HttpConfig
 from ampo_fast.http_client import HttpError, JsonClient, retried
+from ampo_fast.jsonl import is_number_or_null
 from ampo_fast.types import Prompt
 
 
@@ -38,11 +38,7 @@ class HttpScorer:
 def _rewards(answer: object, count: int) -> list[float | None]:
     """The answer's rewards. Anything but `count` numbers or nulls is a failed call."""
     rewards = answer.get("rewards") if isinstance(answer, dict) else None
-    if not isinstance(rewards, list) or len(rewards) != count or not all(map(_is_reward, rewards)):
+    if not isinstance(rewards, list) or len(rewards) != count or not all(map(is_number_or_null, rewards)):
         shown = f"{len(rewards)} rewards" if isinstance(rewards, list) else repr(answer)[:200]
         raise HttpError(f'the scorer must answer {{"rewards": [{count} numbers or nulls]}}, it sent {shown}', True)
     return rewards
-
-
-def _is_reward(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))

@@ -49,6 +49,16 @@ def dump_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value that JSON gave is a number: to Python true and false are ones too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_number_or_null(value: Any) -> bool:
+    """What a reward is in JSON: a finite number, or null where there is none."""
+    return value is None or (is_number(value) and math.isfinite(value))
+
+
 def without_nan(value: Any) -> Any:
     """The same with null where a number is NaN or infinite, at any depth."""
     if isinstance(value, dict):

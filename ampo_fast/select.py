@@ -68,7 +68,7 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     sizes = [len(group.valid) for group in scored]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     sides = [_sides(group, config) for group in scored]
-    rewards = torch.tensor([reward for group in scored for reward in group.reward])
+    rewards = torch.tensor([reward for group in scored for reward in group.reward], dtype=torch.float64)
     chosen = select_responses(
         torch.cat([group.embedding for group in scored]),
         rewards.nan_to_num(0.0),  # invalid ones only, which the mask keeps out
@@ -81,6 +81,7 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         tie_tol=None if keeps_ties else 0.0,
         keys=torch.tensor([stream_seed(group.group.prompt.id) for group in scored]),
         seed=config.run.seed,
+        time_limit=config.select.time_limit,
     )
     rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
     return [_selected(group, positive, negative, cost, reward_tol) for group, positive, negative, cost in rows]

@@ -8,16 +8,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.compiled import _C, IMPLS, as_numpy, resolve_impl, why_not_dtype
-from ampo_fast.validation import check_choice, check_finite, check_floats, check_offsets, check_tensor, checks_values
+from ampo_fast.validation import (
+    check_choice,
+    check_finite,
+    check_floats,
+    check_offsets,
+    check_tensor,
+    checks_values,
+    whole_number,
+)
 
 STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
 _MAX_INDICES = 1 << 32
+_MAX_SPREAD = 700.0
+"""Of mean and lowest reward: the logarithm of the largest weight that a double holds, with room for the distances."""
 
 
 class Selection(NamedTuple):
@@ -28,7 +39,7 @@ class Selection(NamedTuple):
     negative: torch.Tensor
     """[B, k] ascending."""
     cost: torch.Tensor
-    """[B] coverage cost; NaN for a degenerate group."""
+    """[B] coverage cost; NaN for a degenerate group, infinity where the mean reward is some 700 above the lowest."""
     lower_bound: torch.Tensor
     """[B] no k negatives cost less."""
     proven: torch.Tensor
@@ -58,8 +69,9 @@ def select_responses(
     cost = sum_i w_i min_{j in S} ||e_i - e_j||_2, w_i = exp(mean r - r_i) (AMPO, arXiv 2502.18293, OptSelect), i over
     the valid candidates other than the positives (coverage "all": over those too), the mean over the valid ones.
     Strategies: bottom_k (lowest rewards), coreset (k-means, lowest reward of each cluster), k_center (farthest first,
-    the positive covered), opt_select (local search on the cost, <= 5 x optimum), opt_select_exact (proven, or the best
-    known when time_limit seconds are over, which the groups share), best_worst (k = 1), random.
+    the positive covered), opt_select (local search on the cost, <= 5 x optimum where no weight is lost to another's size),
+    opt_select_exact (proven, or the best known when time_limit seconds are over, which the groups share), best_worst (k = 1),
+    random.
 
     Args:
         embeddings: float [n, E], rewards: float [n], stacked group after group by group_offsets int64 [B + 1].
@@ -74,7 +86,8 @@ def select_responses(
     check_choice("impl", impl, IMPLS)
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("coverage", coverage, ("candidates", "all"))
-    if not (isinstance(k, int) and isinstance(positives, int) and k >= 1 and positives >= 1):
+    k, positives, seed = (whole_number(n, v) for n, v in (("k", k), ("positives", positives), ("seed", seed)))
+    if k < 1 or positives < 1:
         raise ValueError(f"k = {k} and positives = {positives}; both must be whole numbers of at least 1")
     if strategy == "best_worst" and k != 1:
         raise ValueError(f'strategy "best_worst" keeps one negative, k is {k}')
@@ -89,10 +102,10 @@ def select_responses(
     num_groups = len(offsets) - 1
     if num_groups * max(k, positives) > _MAX_INDICES:
         raise ValueError(f"k = {k} and positives = {positives} ask for more than {_MAX_INDICES} indices; lower them")
-    if time_limit is not None and not time_limit >= 0:
-        raise ValueError(f"time_limit = {time_limit}; use seconds >= 0, or None for no limit")
-    if tie_tol is not None and not tie_tol >= 0:
-        raise ValueError(f"tie_tol = {tie_tol}; use a reward difference >= 0, or None for no such rule")
+    if time_limit is not None and not (isinstance(time_limit, Real) and time_limit >= 0):
+        raise ValueError(f"time_limit = {time_limit!r}; use seconds >= 0, or None for no limit")
+    if tie_tol is not None and not (isinstance(tie_tol, Real) and tie_tol >= 0):
+        raise ValueError(f"tie_tol = {tie_tol!r}; use a reward difference >= 0, or None for no such rule")
     problem = _Problem(
         points=embeddings.detach(),
         rewards=rewards.detach().double(),
@@ -117,7 +130,7 @@ def select_responses(
     if impl == "cuda":
         return _select_cuda(problem)
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
-    _check_costs(chosen)
+    _check_costs(chosen, problem)
     return Selection(*(tensor.to(embeddings.device) for tensor in chosen))
 
 
@@ -299,13 +312,16 @@ def _mask(name: str, mask: torch.Tensor | None, rewards: torch.Tensor) -> torch.
     return mask.detach()
 
 
-def _check_costs(chosen: Selection) -> None:
-    beyond_B = ~chosen.cost.isfinite() & (chosen.negative[:, 0] >= 0)
-    if bool(beyond_B.any()):
-        raise ValueError(
-            f"the embeddings of group {int(beyond_B.nonzero()[0])} are so long that their distances overflow float32 (or its "
-            "rewards so far apart that the weights exp(mean - reward) do); scale them, embeddings to unit length for example"
-        )
+def _check_costs(chosen: Selection, problem: _Problem) -> None:
+    """A cost that is not finite may come from rewards so far apart that a weight overflows; then the choice stands."""
+    for b in (~chosen.cost.isfinite() & (chosen.negative[:, 0] >= 0)).nonzero()[:, 0].tolist():
+        group = slice(int(problem.offsets[b]), int(problem.offsets[b + 1]))
+        reward_N = problem.rewards[group][problem.valid[group]]
+        if reward_N.mean() - reward_N.min() < _MAX_SPREAD:
+            raise ValueError(
+                f"the embeddings of group {b} are so long that their distances overflow float32; scale them, to unit length "
+                "for example"
+            )
 
 
 def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> None:

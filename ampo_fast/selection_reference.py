@@ -68,12 +68,15 @@ def distances(point_NE: torch.Tensor, metric: str = "euclidean") -> torch.Tensor
     """[N, E] -> [N, N]; differences before squares, so near-duplicates keep their digits and the diagonal is 0."""
     point_NE = point_NE if point_NE.dtype == torch.float64 else point_NE.float()
     if metric == "cosine":
-        is_zero_N = (point_NE == 0).all(1)
-        unit_NE = torch.nn.functional.normalize(point_NE, dim=1)
+        top_N1 = point_NE.abs().amax(1, keepdim=True) if point_NE.shape[1] else point_NE.new_zeros(len(point_NE), 1)
+        is_zero_N = top_N1[:, 0] == 0
+        unit_NE = torch.nn.functional.normalize(point_NE / top_N1.masked_fill(top_N1 == 0, 1.0), dim=1)
         half_NN = 0.5 * torch.cdist(unit_NE, unit_NE, compute_mode="donot_use_mm_for_euclid_dist").square()
         return half_NN.masked_fill(is_zero_N[:, None] != is_zero_N[None], 1.0)
-    distance_NN = torch.cdist(point_NE, point_NE, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance_NN.square() if metric == "sqeuclidean" else distance_NN
+    if metric == "sqeuclidean":  # not the square of a root, which is no whole number where the sum of squares is one
+        rows = [(point_NE - point_E).square().sum(1) for point_E in point_NE]
+        return torch.stack(rows) if rows else point_NE.new_empty(0, 0)
+    return torch.cdist(point_NE, point_NE, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 # --- exact arithmetic and keyed randomness -----------------------------------------------------------------------------

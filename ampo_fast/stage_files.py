@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ampo_fast.files import naming, save_tensors, write_atomic
-from ampo_fast.jsonl import drop_torn_line, dump_line, read_jsonl
+from ampo_fast.jsonl import drop_torn_line, dump_line, is_number_or_null, read_jsonl
 from ampo_fast.types import Candidate, CandidateGroup, GivenResponse, Prompt, ScoredGroup, SelectedGroup
 
 Row = dict[str, Any]
@@ -200,6 +200,10 @@ def _wrong_keys(row: Row) -> list[str]:
         wrong.append("prompt must be a list of messages, each with role and content")
     if not _have_texts(row.get("responses"), "content"):
         return [*wrong, "responses must be a list, each with text content"]
+    numbers = [(name, response.get(name)) for response in row["responses"] for name in ("reward", "reward_raw")]
+    wrong += sorted(
+        {f"{name} = {value!r} must be a number or null" for name, value in numbers if not is_number_or_null(value)}
+    )
     marks = {str(response.get("selected")) for response in row["responses"]}
     return wrong + [f"selected = {mark!r} must be positive, negative or null" for mark in sorted(marks - _MARKS)]
 
@@ -223,6 +227,8 @@ def read_embeddings(path: Path, sizes: Sequence[int]) -> list[torch.Tensor]:
         stacked_nE = load_file(beside)["embeddings"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{beside} does not hold embeddings ({error}); delete it and embed again") from None
+    if stacked_nE.ndim != 2 or not stacked_nE.is_floating_point() or not bool(stacked_nE.isfinite().all()):
+        raise ValueError(f"{beside} must hold finite floats, a row each response; delete it and embed again")
     if len(stacked_nE) != sum(sizes):
         count, wanted = len(stacked_nE), sum(sizes)
         raise ValueError(f"{beside} holds {count} embeddings, {path} has {wanted} responses; embed it again")

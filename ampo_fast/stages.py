@@ -45,7 +45,7 @@ from ampo_fast.stage_files import (
     write_rewards,
     write_rows_atomic,
 )
-from ampo_fast.types import GivenResponse, Prompt
+from ampo_fast.types import GivenResponse, Prompt, ScoredGroup
 
 KeepRows = Callable[[Sequence[Row]], None]
 
@@ -73,6 +73,7 @@ _SETTINGS = {
         "select.strategy",
         "select.k",
         "select.coverage",
+        "select.time_limit",
         "select.pareto",
         "loss.name",
         "reward.tol",
@@ -150,6 +151,7 @@ def select(config: Config, source: Path, output: Path) -> int:
         row["id"]: scored_from_row(row, block, f"{source}, id {row['id']!r}")
         for row, block in with_embeddings(source, rows)
     }
+    _check_embeddings(list(scored.values()), output)
     tolerance = RewardTolerance(config.reward.tol).update(list(scored.values()))
 
     def choose(batch: Sequence[Row], keep: KeepRows) -> None:
@@ -180,7 +182,7 @@ def _append(
     """
     by_id = {_id(item): item for item in items}
     with RowWriter(output) as writer:
-        _check_belongs(writer.rows, by_id, output)
+        _check_belongs(stage, writer.rows, by_id, output)
         done = {row["id"] for row in writer.rows}
         before = len(done)
         with TrainingProgress(len(by_id), before, unit="prompt", plain_interval_s=5) as progress:
@@ -202,20 +204,36 @@ def _append(
     return len(done) - before
 
 
-def _check_belongs(rows: Sequence[Row], by_id: dict[str, Any], output: Path) -> None:
+def _check_belongs(stage: str, rows: Sequence[Row], by_id: dict[str, Any], output: Path) -> None:
     """Rows of another input under the same name would be mixed in silently."""
     for row in rows:
         item = by_id.get(row["id"])
         if item is None:
             raise ValueError(f"{output} has a row {row['id']!r} that the input lacks; choose another --output")
-        if not _is_same(row, item):
-            raise ValueError(f"{output}: row {row['id']!r} has other texts than the input; choose another --output")
+        other = _what_differs(stage, row, item)
+        if other:
+            raise ValueError(f"{output}: row {row['id']!r} has other {other} than the input; choose another --output")
 
 
-def _is_same(row: Row, item: Prompt | Row) -> bool:
+def _what_differs(stage: str, row: Row, item: Prompt | Row) -> str | None:
+    """Of what the stage's result rests on."""
     if isinstance(item, Prompt):
-        return row["prompt"] == list(item.messages)
-    return row["prompt"] == item["prompt"] and _texts(row) == _texts(item)
+        return None if row["prompt"] == list(item.messages) else "texts"
+    if row["prompt"] != item["prompt"] or _texts(row) != _texts(item):
+        return "texts"
+    read = {"score": ("scores",), "select": ("reward", "reward_raw", "reward_by_scorer", "finish_reason")}[stage]
+    both = zip(row["responses"], item["responses"], strict=True)
+    return "rewards" if any(ours.get(name) != theirs.get(name) for ours, theirs in both for name in read) else None
+
+
+def _check_embeddings(scored: Sequence[ScoredGroup], output: Path) -> None:
+    """Of an output that was finished once, with as many rows: one that was stopped has none yet."""
+    beside = embeddings_path(output)
+    if not beside.is_file():
+        return
+    ours, theirs = torch.cat([group.embedding for group in scored]), load_file(beside)["embeddings"]
+    if ours.shape == theirs.shape and not torch.equal(ours, theirs):
+        raise ValueError(f"{beside} holds other embeddings than the input; choose another --output")
 
 
 def _put_in_order(output: Path, ids: Sequence[str]) -> None:
@@ -273,6 +291,8 @@ def _claim(stage: str, config: Config, output: Path) -> None:
         ]
         if differing:
             raise ValueError(f"{output} was begun with {'; '.join(differing)}; choose another --output")
+    if output.suffix in (".gz", ".parquet"):
+        raise ValueError(f"--output {output}: a stage file is plain JSON Lines; name it .jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(sidecar, settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,14 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, *, allow_empty: 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}; use one of {', '.join(map(repr, choices))}")
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value as an int, numpy's and 0-d tensors' included. Raises ValueError for anything that is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r}; it must be a whole number") from None
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -124,9 +124,15 @@ py::tuple select_groups(const py::array& points, const Array<double>& reward, co
   const ampo::SelectOutput output{positive.mutable_data(), negative.mutable_data(), cost.mutable_data(),
                                   lower_bound.mutable_data(), proven.mutable_data()};
   {
+    // An exact search can take for ever: Ctrl-C ends it.
+    const auto is_interrupted = [] {
+      py::gil_scoped_acquire acquire;
+      return PyErr_CheckSignals() != 0;
+    };
     py::gil_scoped_release release;
-    ampo::select_cpu(input, options, output);
+    ampo::select_cpu(input, options, output, is_interrupted);
   }
+  if (PyErr_Occurred()) throw py::error_already_set();
   return py::make_tuple(positive, negative, cost, lower_bound, proven);
 }
 

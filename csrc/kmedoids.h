@@ -21,8 +21,8 @@ std::vector<int64_t> greedy_facilities(const Coverage& problem, int64_t k, const
 double swap_facilities(const Coverage& problem, int64_t num_fixed, std::vector<int64_t>& chosen);
 
 struct ExactResult {
-  double lower_bound;  // no k facilities cost less; the cost of `chosen` where proven
-  bool proven;
+  double lower_bound;  // no k facilities cost less
+  bool proven;         // the cost of `chosen` is at most 2^-26 of it above that
 };
 
 // Branch and bound with the Lagrangian bound of the relaxed assignment (Cornuejols, Fisher & Nemhauser 1977), from the

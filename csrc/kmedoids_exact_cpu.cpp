@@ -31,16 +31,20 @@ class Search {
     Nearest nearest;
     nearest.compute(problem_, best_);
     for (int64_t i = 0; i < problem_.num_clients; ++i) price[i] = k_ > 1 ? nearest.second[i] : nearest.first[i];
-    const double bound = std::min(std::max(0.0, explore(price, kRootRounds)), best_cost_);
-    return {bound, bound >= best_cost_};
+    const double bound = std::min(std::max(0.0, explore(price, kRootRounds)), enough());
+    return {bound, bound >= enough()};
   }
 
  private:
-  // Returns a bound that holds for every choice below this node that is better than best_cost_.
+  // What a bound has to reach. Rounded prices rarely reach the best cost itself, and symmetric points would never be done;
+  // 2^-26 of it is less than float32 distances can tell.
+  double enough() const { return best_cost_ - std::floor(std::ldexp(best_cost_, -26)); }
+
+  // Returns a bound that holds for every choice below this node that costs less than enough().
   double explore(std::vector<double> price, int rounds) {
     double bound = raise_bound(price, rounds);
     std::vector<int64_t> decided;
-    if (bound < best_cost_ && !late_) bound = std::max(bound, branch(price, bound, decided));
+    if (bound < enough() && !late_) bound = std::max(bound, branch(price, bound, decided));
     for (const int64_t j : decided) state_[j] = kFree;
     return bound;
   }
@@ -121,7 +125,7 @@ class Search {
         price = current;
       }
       if (int64_t(open_.size()) == k_) offer(open_);
-      if (best_bound >= best_cost_) break;
+      if (best_bound >= enough()) break;
       if (++without_gain > 12) {
         without_gain = 0;
         length /= 2.0;
@@ -168,7 +172,7 @@ class Search {
     for (int64_t j = 0; j < problem_.num_facilities; ++j) {
       if (state_[j] != kFree) continue;
       const double lift = is_open[j] ? first_closed - rho_[j] : rho_[j] - last_open;
-      if (bound + lift < best_cost_) continue;
+      if (bound + lift < enough()) continue;
       state_[j] = is_open[j] ? kIn : kOut;
       decided.push_back(j);
     }

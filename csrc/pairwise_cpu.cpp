@@ -46,11 +46,13 @@ void make_unit(Rows<T>& rows, int64_t dim, std::vector<T>& unit, std::vector<uin
   unit.resize(count * dim);
   is_zero.assign(count, 0);
   for (int64_t i = 0; i < count; ++i) {
-    double sum = 0.0;
-    for (int64_t d = 0; d < dim; ++d) sum += double(rows.row[i][d]) * double(rows.row[i][d]);
-    is_zero[i] = sum == 0.0;
-    const double scale = sum == 0.0 ? 0.0 : 1.0 / std::sqrt(sum);
-    for (int64_t d = 0; d < dim; ++d) unit[i * dim + d] = T(double(rows.row[i][d]) * scale);
+    double top = 0.0, sum = 0.0;
+    for (int64_t d = 0; d < dim; ++d) top = std::max(top, std::abs(double(rows.row[i][d])));
+    is_zero[i] = top == 0.0;
+    if (is_zero[i]) top = 1.0;  // squares of numbers up to 1, whatever the length
+    for (int64_t d = 0; d < dim; ++d) sum += (rows.row[i][d] / top) * (rows.row[i][d] / top);
+    const double length = is_zero[i] ? 1.0 : std::sqrt(sum);
+    for (int64_t d = 0; d < dim; ++d) unit[i * dim + d] = T(rows.row[i][d] / top / length);
     rows.row[i] = unit.data() + i * dim;
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "points.h"
 
@@ -38,7 +39,9 @@ struct SelectOutput {
   uint8_t* proven;      // [num_groups]
 };
 
-void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output);
+// is_unwanted, where given: asked now and then in the calling thread; once it says yes, what is left is left out.
+void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output,
+                const std::function<bool()>& is_unwanted = {});
 
 // Size of the largest group; offsets on the host.
 inline int64_t largest_group(const SelectInput& input) {

@@ -4,8 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #ifdef _OPENMP
@@ -31,15 +33,32 @@ constexpr double kSwapRatio = 5.0;
 
 using Clock = std::chrono::steady_clock;
 
-// Shares what is left of the time among the groups that are left: an easy group leaves its time to the others.
+// Shares what is left of the time among the groups that are left: an easy group leaves its time to the others. And asks the
+// caller, in the caller's own thread, whether it still wants an answer.
 class Deadline {
  public:
-  Deadline(double limit_s, int64_t num_groups, int num_threads)
-      : has_limit_(limit_s < kInfinity), threads_(num_threads), left_(num_groups),
+  Deadline(double limit_s, int64_t num_groups, int num_threads, const std::function<bool()>& is_unwanted)
+      : is_unwanted_(is_unwanted), asked_at_(Clock::now()), unfinished_(num_groups), has_limit_(limit_s < kInfinity), threads_(num_threads), left_(num_groups),
         end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                 std::chrono::duration<double>(has_limit_ ? std::clamp(limit_s, 0.0, 1e8) : 0.0))) {}
 
   bool has_limit() const { return has_limit_; }
+
+  bool is_stopped() {
+    if (!is_unwanted_ || std::this_thread::get_id() != caller_ || is_stopped_) return is_stopped_;
+    const Clock::time_point now = Clock::now();
+    if (now - asked_at_ < kBetweenQuestions) return false;
+    asked_at_ = now;
+    return is_stopped_ = is_unwanted_();
+  }
+
+  void group_done() { unfinished_.fetch_sub(1); }
+
+  // The caller's thread goes on asking while the others work on the last groups.
+  void wait_for_others() {
+    if (!is_unwanted_ || std::this_thread::get_id() != caller_) return;
+    while (unfinished_ > 0 && !is_stopped()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 
   Clock::time_point next_group() {
     const int64_t left = std::max<int64_t>(1, left_.fetch_sub(1));
@@ -48,6 +67,13 @@ class Deadline {
   }
 
  private:
+  static constexpr std::chrono::milliseconds kBetweenQuestions{50};
+
+  const std::function<bool()>& is_unwanted_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  Clock::time_point asked_at_;
+  std::atomic<bool> is_stopped_ = false;
+  std::atomic<int64_t> unfinished_;
   const bool has_limit_;
   const int64_t threads_;
   std::atomic<int64_t> left_;
@@ -228,7 +254,7 @@ class Selector : Group {
   void prove(std::vector<int64_t>& chosen) {
     const bool has_limit = deadline_.has_limit();
     const Clock::time_point end = has_limit ? deadline_.next_group() : Clock::time_point();
-    const auto is_late = [&] { return has_limit && Clock::now() >= end; };
+    const auto is_late = [&] { return deadline_.is_stopped() || (has_limit && Clock::now() >= end); };
     double cost;
     do {
       const ExactResult result = best_facilities(problem_, k_, 0, chosen, is_late);
@@ -236,7 +262,7 @@ class Selector : Group {
       const bool coarse = problem_.is_coarse_at(cost);
       is_optimal_ = result.proven && !coarse;
       bound_ = std::max(bound_, sure_bound(result.lower_bound, double(clients_.size()), coarse) / problem_.scale);
-    } while (sharpen(chosen, cost));
+    } while (!deadline_.is_stopped() && sharpen(chosen, cost));
   }
 
   Deadline& deadline_;
@@ -251,29 +277,35 @@ class Selector : Group {
 };
 
 template <typename T>
-void all_groups(const SelectInput& input, const SelectOptions& options, const SelectOutput& output) {
+void all_groups(const SelectInput& input, const SelectOptions& options, const SelectOutput& output,
+                const std::function<bool()>& is_unwanted) {
 #ifdef _OPENMP
   // One group starts no team: waiting for a second thread can take longer than the group.
   const int num_threads = int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), input.num_groups)));
 #else
   const int num_threads = 1;
 #endif
-  Deadline deadline(options.time_limit_s, input.num_groups, num_threads);
+  Deadline deadline(options.time_limit_s, input.num_groups, num_threads, is_unwanted);
   FirstError error;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Selector<T> selector(input, options, deadline);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < input.num_groups; ++g) error.keep([&] { selector.run(g, output); });
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t g = 0; g < input.num_groups; ++g) {
+      if (!deadline.is_stopped()) error.keep([&] { selector.run(g, output); });
+      deadline.group_done();
+    }
+    deadline.wait_for_others();
   }
   error.rethrow();
 }
 
 }  // namespace
 
-void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output) {
-  if (input.points.dtype == Dtype::kFloat64) return all_groups<double>(input, options, output);
-  all_groups<float>(input, options, output);
+void select_cpu(const SelectInput& input, const SelectOptions& options, const SelectOutput& output,
+                const std::function<bool()>& is_unwanted) {
+  if (input.points.dtype == Dtype::kFloat64) return all_groups<double>(input, options, output, is_unwanted);
+  all_groups<float>(input, options, output, is_unwanted);
 }
 
 }  // namespace ampo

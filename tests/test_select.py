@@ -86,3 +86,10 @@ def test_losses_with_a_target_for_ties_train_on_them():
 def test_a_pair_is_whole_under_the_default_k():
     (chosen,) = select_groups([scored((0.1, 0.9))], config(select={"k": 7}, rollout={"n": 8}), 1e-6)
     assert (chosen.positive, chosen.negative) == ((1,), (0,))
+
+
+def test_rewards_that_float32_cannot_tell_apart_still_have_an_order():
+    group = scored([10000.0001, 10000.0003, 10000.0002, 9999.9])
+    (chosen,) = select_groups([group], config(select={"k": 2}), 0.0)
+    assert chosen.positive == (1,)
+    assert chosen.negative != ()

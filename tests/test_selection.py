@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ampo_fast import k_center, k_medoids, pairwise_distances, select_responses
@@ -67,6 +67,7 @@ def test_exact_is_the_optimum_and_local_search_within_five_times(n, k, seed):
 
 
 @settings(max_examples=60, deadline=None)
+@example([8], 4, 5, 0, "coreset", "candidates", None)
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=4),
     st.integers(1, 4),

@@ -5,7 +5,12 @@ Points lie on a small grid and rewards are quarters, so that ties, duplicates an
 
 import itertools
 import math
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -224,19 +229,83 @@ def test_degenerate_groups_are_answered_as_documented(strategy, impl):
 
 @pytest.mark.parametrize("strategy", MANY)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_rewards_too_far_apart_for_exp_are_free_or_refused_and_never_nan(strategy, impl):
+def test_rewards_too_far_apart_for_exp_are_free_or_cost_infinity_and_never_nan(strategy, impl):
     # Weights relative to the largest: those below 1e-308 of it count as 0.
     rewards = torch.tensor([0.0, -3000.0, 3000.0, 10.0, -20.0])
     for points in (torch.eye(5), torch.ones(5, 2)):
-        if strategy == "random" and points.shape[1] == 5:  # it leaves -3000 out
-            with pytest.raises(ValueError, match="so far apart"):
-                select_responses(points, rewards, 2, strategy=strategy, impl=impl)
-            continue
         out = select_responses(points, rewards, 2, strategy=strategy, impl=impl)
-        assert out.cost[0].item() == 0.0
+        leaves_lowest_out = strategy == "random" and points.shape[1] == 5
+        assert out.cost[0].item() == (math.inf if leaves_lowest_out else 0.0)
+        assert not (leaves_lowest_out and out.proven[0])
         assert not out.lower_bound.isnan().any()
         assert out.lower_bound[0] <= out.cost[0]
         assert out.positive.tolist() == [[2]]
+
+
+@pytest.mark.parametrize("strategy", MANY)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_high_reward_does_not_end_the_other_groups_selection(strategy, impl):
+    points = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    rewards = torch.tensor([1e4, 0, 1, 2, 3, 4, 0.5, 0, 1, 2, 3, 4])
+    offsets = torch.tensor([0, 6, 12])
+    out = select_responses(points, rewards, 2, strategy=strategy, group_offsets=offsets, impl=impl)
+    alone = select_responses(points[6:], rewards[6:], 2, strategy=strategy, keys=torch.tensor([1]), impl=impl)
+    assert out.positive[:, 0].tolist() == [0, 5]
+    assert out.cost[0].item() == math.inf
+    assert torch.equal(out.negative[1], alone.negative[0])
+    assert out.cost[1] == alone.cost[0]
+
+
+@pytest.mark.parametrize("repeat", [4, 5, 6])
+def test_symmetric_points_are_proven_in_a_moment(repeat):
+    cube = torch.tensor(list(itertools.product([0.0, 1.0], repeat=repeat)))
+    out = select_responses(cube, torch.zeros(len(cube)), 4, strategy="opt_select_exact", time_limit=20.0)
+    assert out.proven[0]
+    assert out.lower_bound[0] == pytest.approx(out.cost[0].item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_endless_search_ends_with_control_c(groups):
+    # The corners of a cube in seven dimensions: five of them in thousands of equally good ways.
+    code = f"""
+import itertools, torch
+from ampo_fast import select_responses
+points = torch.tensor(list(itertools.product([0.0, 1.0], repeat=7))).repeat({groups}, 1)
+offsets = torch.arange({groups} + 1) * 128
+print("begun", flush=True)
+select_responses(points, torch.zeros({groups} * 128), 5, strategy="opt_select_exact", group_offsets=offsets)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begun\n"
+    time.sleep(1.0)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1e-30, 1e-13, 1.0, 1e30])
+def test_cosine_distances_do_not_depend_on_the_points_length(impl, size):
+    points = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    expected = pairwise_distances(points.double(), metric="cosine")
+    for scaled in (points * size, points.double() * size**6):
+        found = pairwise_distances(scaled, metric="cosine", impl=impl).double()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_group_has_no_distances(impl):
+    assert pairwise_distances(torch.zeros(0, 3), group_offsets=torch.tensor([0]), impl=impl).shape == (0,)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_fixed_members_and_seeds_may_be_any_sequence(impl, kind):
+    points = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    distances = pairwise_distances(points)
+    assert k_medoids(distances, 1, fixed=kind([0]), impl=impl)[0].tolist() == [0]
+    assert {0, 3} <= set(k_medoids(distances, np.int64(3), fixed=kind([3, 0]), impl=impl)[0].tolist())
+    assert k_center(points, np.int64(3), seeds=kind([4, 1]), impl=impl)[:2].tolist() == [4, 1]
 
 
 HUGE = torch.zeros(1, 1).expand(70_000, 1)  # 70,000^2 distances do not fit
@@ -268,6 +337,16 @@ HUGE = torch.zeros(1, 1).expand(70_000, 1)  # 70,000^2 distances do not fit
         (lambda p, r: k_center(p, 2, seeds=[-1]), "seeds"),
         (lambda p, r: k_center(p, 2, seeds=[1, 1]), "seeds"),
         (lambda p, r: k_center(p * math.nan, 2), "points"),
+        (lambda p, r: k_center(p * 1e20, 2), r"up to 1e\+20: .*; scale the points"),
+        (lambda p, r: k_center(p * 1e-30, 2), "up to 1e-30"),
+        (lambda p, r: pairwise_distances(p * 1e20), r"up to 1e\+20"),
+        (lambda p, r: k_center(p, 2.5), r"k = 2\.5; it must be a whole number"),
+        (lambda p, r: k_center(p, 2, seeds=[1.7]), r"seeds\[0\] = 1\.7"),
+        (lambda p, r: k_medoids(torch.zeros(3, 3), 2.5), r"k = 2\.5"),
+        (lambda p, r: k_medoids(torch.zeros(3, 3), 2, fixed=0), "fixed must be a list of indices, got 0"),
+        (lambda p, r: select_responses(p, r, 1, strategy="random", seed=None), "seed = None"),
+        (lambda p, r: select_responses(p, r, 1, strategy="random", time_limit="1"), "time_limit = '1'"),
+        (lambda p, r: select_responses(p, r, 1, strategy="random", tie_tol="0"), "tie_tol = '0'"),
         (lambda p, r: k_medoids(torch.zeros(3, 3), 0), "k = 0"),
         (lambda p, r: k_medoids(torch.zeros(3, 3), 2, fixed=[-1]), "fixed"),
         (lambda p, r: k_medoids(torch.zeros(3, 3), 1, fixed=[0, 1]), "fixed"),

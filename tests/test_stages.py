@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ampo_fast import stages
 from ampo_fast.config import build_config
@@ -408,6 +409,33 @@ def test_other_settings_are_refused_by_field(stage, change, message, pipeline, p
     with pytest.raises(ValueError, match=rf"{stage}\.jsonl was begun with .*{message}"):
         getattr(stages, stage)(make_config(**change), sources(pipeline, prompts)[stage], pipeline[stage])
     assert snapshot(pipeline[stage]) == before
+
+
+@pytest.mark.parametrize(("stage", "field"), [("select", "reward"), ("select", "finish_reason"), ("score", "scores")])
+def test_an_input_that_was_judged_anew_is_refused(stage, field, pipeline, prompts):
+    source = sources(pipeline, prompts)[stage]
+    rows = read_rows(source)
+    rows[1]["responses"][0][field] = {"reward": 0.875, "finish_reason": "length", "scores": {"help": 1.0}}[field]
+    write_rows_atomic(source, rows)
+    before = snapshot(pipeline[stage])
+    with pytest.raises(ValueError, match=rf"row '{rows[1]['id']}' has other rewards than the input"):
+        getattr(stages, stage)(make_config(), source, pipeline[stage])
+    assert snapshot(pipeline[stage]) == before
+
+
+def test_an_input_that_was_embedded_anew_is_refused(pipeline):
+    beside = embeddings_path(pipeline["embed"])
+    save_file({"embeddings": load_file(beside)["embeddings"] + 1.0}, beside)
+    before = snapshot(pipeline["select"])
+    with pytest.raises(ValueError, match=r"select\.safetensors holds other embeddings than the input"):
+        stages.select(make_config(), pipeline["embed"], pipeline["select"])
+    assert snapshot(pipeline["select"]) == before
+
+
+def test_an_output_that_would_be_read_as_another_format_is_refused_before_any_work(tmp_path, prompts, fakes):
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz: a stage file is plain JSON Lines"):
+        stages.generate(make_config(), prompts, tmp_path / "x.jsonl.gz")
+    assert not fakes.engines
 
 
 @pytest.mark.parametrize("stage", ["generate", "score", "embed", "select"])

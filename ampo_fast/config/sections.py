@@ -218,6 +218,11 @@ class SelectConfig(Section):
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
+    time_limit: Annotated[float, Field(ge=0.0)] | None = Field(
+        None,
+        description="Seconds for opt_select_exact to prove a round's choices in; then the best known stand. Unset: no limit.",
+        json_schema_extra=ADVANCED,
+    )
     pareto: bool = Field(
         False,
         description="The positive from the front that no candidate beats by every reward, negatives that it beats (CaPO).",
