@@ -34,13 +34,13 @@ def resolve_model(path: str, field: str) -> str:
         if name not in _PACKAGED:
             raise ValueError(f"{field} = {path!r}: known packages are {', '.join(_PREFIX + n for n in _PACKAGED)}")
         return str(_PACKAGED[name]())
-    here = Path(path)
+    here = Path(path).expanduser()
     may_be_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not ("/" in path and here.parent.is_dir())
     if not path or not (here.is_dir() or may_be_hub):
         raise ValueError(f"{field} = {path!r} does not exist")
     if here.is_dir() and not (here / "config.json").is_file():
         raise ValueError(f"{field} = {path!r} is not a model directory: it has no config.json")
-    return path
+    return str(here) if here.is_dir() else path
 
 
 def from_hub(source: str) -> str:

@@ -117,7 +117,7 @@ def _distinct(prompt: Prompt, prompts: dict[str, Prompt], seen_at: dict[str, str
 
 def _rows(source: str, field: str) -> Iterator[tuple[str, int, Row]]:
     is_packaged = source.startswith("package:")
-    path = _packaged(source.removeprefix("package:")) if is_packaged else Path(source)
+    path = _packaged(source.removeprefix("package:")) if is_packaged else Path(source).expanduser()
     is_file_name = path.name.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or not source
     if is_file_name and not path.exists():
         raise ValueError(f"{field} = {source!r} does not exist" if field else f"{source!r} does not exist")

@@ -177,7 +177,10 @@ def _scored(response: Any, field: str) -> GivenResponse:
     if not isinstance(response["content"], str):
         raise ValueError(f"{field}.content must be text, got {_kind(response['content'])}")
     reward = _reward(response[key], f"{field}.{key}") if key in response else _mean(scores)
-    return GivenResponse(content=response["content"], reward=reward, scores=scores)
+    cut = (
+        {"finish_reason": "length"} if response.get("finish_reason") == "length" else {}
+    )  # other tools have more reasons
+    return GivenResponse(content=response["content"], reward=reward, scores=scores, **cut)
 
 
 def _scores(value: Any) -> dict[str, float | None]:

@@ -87,6 +87,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if b"\\ud" in line.lower():  # an escaped surrogate: two of them are a character, one alone is not

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ampo_fast import lora
 from ampo_fast.assets import from_hub
@@ -17,7 +18,7 @@ def read_model(source: str, config: ModelConfig) -> Any:
     options = {"trust_remote_code": config.trust_remote_code}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         where = from_hub(source)
         raise ValueError(f"model.path = {config.path!r}{where} cannot be loaded as a causal LM: {error}") from error
     if config.lora.rank:

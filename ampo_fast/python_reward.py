@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ampo_fast.types import Prompt
+
+_PROMPTS = ("prompt", "prompts", "messages", "question", "questions")
+_RESPONSES = ("completion", "completions", "response", "responses", "answer", "answers")
 
 
 class Turns(list[dict[str, str]]):
@@ -34,8 +41,9 @@ class PythonScorer:
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         try:
-            returned = self.function([Turns(prompt) for prompt in prompts], list(responses))
-            rewards = None if returned is None else list(returned)  # which runs a generator
+            with _own_grad_mode():
+                returned = self.function([Turns(prompt) for prompt in prompts], list(responses))
+                rewards = None if returned is None else list(returned)  # which runs a generator
         except Exception as error:
             raise ValueError(f"{self.named} failed: {_told(error, self.function)}") from error
         if rewards is None or len(rewards) != len(responses):
@@ -57,12 +65,39 @@ class PythonScorer:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            function = getattr(importlib.import_module(module), name)
+            with _own_grad_mode():
+                function = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever the module does as it is imported
             raise ValueError(f"{self.named} cannot be imported: {_told(error)}") from error
         if not callable(function):
             raise ValueError(f"{self.named} is no function: it is {type(function).__name__}")
+        self._check_order(function)
         return function
+
+    def _check_order(self, function: Callable[..., Any]) -> None:
+        """Refuses what names its arguments in another order, as functions for other trainers do: it would judge the prompts."""
+        try:
+            names = [p.name for p in inspect.signature(function).parameters.values() if p.kind in _BY_PLACE]
+        except (TypeError, ValueError):  # a built-in function that does not say
+            return
+        if (names[:1] and names[0] in _RESPONSES) or (names[1:2] and names[1] in _PROMPTS):
+            raise ValueError(
+                f"{self.named} takes ({', '.join(names)}), and is called with (prompts, responses), by place: chat turns and "
+                "texts, one of each for each response; wrap it in a function of these two"
+            )
+
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@contextlib.contextmanager
+def _own_grad_mode() -> Iterator[None]:
+    """What code for inference switches off for good, training needs on."""
+    is_on = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(is_on)
 
 
 def _told(error: Exception, function: Any = None) -> str:

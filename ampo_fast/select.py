@@ -20,12 +20,14 @@ from ampo_fast.types import Candidate, ScoredGroup, SelectedGroup
 _TOO_FEW = "fewer than two distinct valid responses"
 _EQUAL = "rewards equal within the tolerance"
 _CUT = "every valid response was cut by the length limit, so none may be the positive"
+_BEST_CUT = "the best given response was cut by the length limit, and a worse one is no positive"
 _NOT_BETTER = "no response that may be the positive is better than another"
 _NONE_LOWER = "no response has a lower reward than the positive"
 _FIELDS = {
     _TOO_FEW: "rollout.temperature, rollout.n, rollout.max_new_tokens and rollout.truncated, or the responses of data.train",
     _EQUAL: "reward.kind, and reward.tol for what counts as equal",
     _CUT: "rollout.max_new_tokens, and rollout.truncated for what becomes of a cut one",
+    _BEST_CUT: 'rollout.max_new_tokens, or rollout.truncated = "keep"',
     _NOT_BETTER: "reward.kind, rollout.max_new_tokens and rollout.truncated",
     _NONE_LOWER: "rollout.max_new_tokens and rollout.truncated: a cut response is never the positive",
 }
@@ -81,17 +83,28 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         tie_tol=None if keeps_ties else 0.0,
         keys=torch.tensor([stream_seed(group.group.prompt.id) for group in scored]),
         seed=config.run.seed,
-        time_limit=config.select.time_limit,
+        time_limit=config.run.timeout_s / 2,  # the other ranks wait for the whole of it
     )
     rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
-    return [_selected(group, positive, negative, cost, reward_tol) for group, positive, negative, cost in rows]
+    return [_selected(*row, reward_tol, config) for row in rows]
 
 
 def _sides(group: ScoredGroup, config: Config) -> tuple[Sequence[bool], Sequence[bool]]:
     """([N] who may be selected, [N] who may be the positive)."""
     keeps_cut = config.rollout.truncated == "keep"
     positive_ok = [candidate.finish_reason == "stop" or keeps_cut for candidate in group.group.candidates]
+    if not keeps_cut and _is_given_best_cut(group, config):
+        positive_ok = [False] * len(positive_ok)
     return draw_sides(group, positive_ok, config.run.seed) if config.select.pareto else (group.valid, positive_ok)
+
+
+def _is_given_best_cut(scored: ScoredGroup, config: Config) -> bool:
+    """A given response was rated whole: where the best is cut here, the next best is no example of a good answer."""
+    kept = [i for i, ok in enumerate(scored.valid) if ok]
+    if config.rollout.engine != "data" or not kept:
+        return False
+    best = max(scored.reward[i] for i in kept)
+    return all(scored.group.candidates[i].finish_reason == "length" for i in kept if scored.reward[i] == best)
 
 
 def why_untrained(groups: Sequence[SelectedGroup]) -> str:
@@ -112,17 +125,17 @@ def without_unselected(group: SelectedGroup) -> SelectedGroup:
 
 
 def _selected(
-    scored: ScoredGroup, positive: list[int], negative: list[int], cost: float, reward_tol: float
+    scored: ScoredGroup, positive: list[int], negative: list[int], cost: float, reward_tol: float, config: Config
 ) -> SelectedGroup:
     kept_positive = tuple(i for i in positive if i >= 0)
     kept_negative = tuple(i for i in negative if i >= 0)
     if kept_positive and kept_negative and reward_spread(scored) > reward_tol:
         return SelectedGroup(scored=scored, positive=kept_positive, negative=kept_negative, cost=cost)
-    reason = _why_degenerate(scored, reward_tol)
+    reason = _why_degenerate(scored, reward_tol, config)
     return SelectedGroup(scored=scored, positive=(), negative=(), cost=math.nan, skip_reason=reason)
 
 
-def _why_degenerate(scored: ScoredGroup, reward_tol: float) -> str:
+def _why_degenerate(scored: ScoredGroup, reward_tol: float, config: Config) -> str:
     if sum(scored.valid) < 2:
         return _TOO_FEW
     if reward_spread(scored) <= reward_tol:
@@ -130,6 +143,8 @@ def _why_degenerate(scored: ScoredGroup, reward_tol: float) -> str:
     candidates = zip(scored.group.candidates, scored.valid, strict=True)
     if not any(ok and candidate.finish_reason == "stop" for candidate, ok in candidates):
         return _CUT
+    if _is_given_best_cut(scored, config):
+        return _BEST_CUT
     if scored.reward_by_scorer:
         return _NOT_BETTER
     return _NONE_LOWER

@@ -111,7 +111,12 @@ def group_from_row(row: Row, where: str = "row") -> CandidateGroup:
             for response in row["responses"]
         )
         given = tuple(
-            GivenResponse(content=r["content"], reward=r.get("reward_raw"), scores=r.get("scores") or {})
+            GivenResponse(
+                content=r["content"],
+                reward=r.get("reward_raw"),
+                scores=r.get("scores") or {},
+                finish_reason=r["finish_reason"],
+            )
             for r in row["responses"]
         )
         prompt = Prompt(id=row["id"], messages=tuple(row["prompt"]), responses=given)

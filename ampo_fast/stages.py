@@ -73,7 +73,6 @@ _SETTINGS = {
         "select.strategy",
         "select.k",
         "select.coverage",
-        "select.time_limit",
         "select.pareto",
         "loss.name",
         "reward.tol",
@@ -264,7 +263,7 @@ def _read(source: Path) -> list[Row]:
 
 def _given(response: GivenResponse) -> dict[str, Any]:
     scores = {"scores": dict(response.scores)} if response.scores else {}
-    return {"content": response.content, "reward": response.reward} | scores
+    return {"content": response.content, "reward": response.reward, "finish_reason": response.finish_reason} | scores
 
 
 def _as_stage_row(row: Row) -> Row:

@@ -152,7 +152,7 @@ class Trainer:
             stop_signals() as stop,
         ):
             if self.eval_prompts and self.step == 0:
-                self._evaluate("before")
+                self._compare(self._evaluate("before"))
             elif self._is_evaluation_due() and self.state["evaluated"] != self.step:  # a signal had left it out
                 self._take_in(distributed.on_main(self._measured) or self._evaluate(self._evaluation_name()))
             stopped, signal = self._why_stop(), None
@@ -268,17 +268,28 @@ class Trainer:
         every = self.config.eval.every
         return bool(self.eval_prompts and every and self.step % every == 0 and self.step < self.config.run.steps)
 
+    def _take_in_last(self) -> None:
+        is_there = distributed.on_main(self._has_last_evaluation)
+        measured = distributed.on_main(self._measured) if is_there else self._evaluate("after")
+        if self.config.eval.every and self.state["evaluated"] != self.step:
+            self._take_in(measured)
+
     def _take_in(self, measured: Mapping[str, float]) -> None:
-        """Of an evaluation on the way: keeps the best policy, and what _why_stop goes by."""
+        """Of an evaluation after the start: keeps the best policy, and what _why_stop goes by."""
+        if not self._compare(measured):
+            self.state["bad_evals"] += 1
+        elif self.config.checkpoint.save_best:
+            self._export("best", self._reached())
+
+    def _compare(self, measured: Mapping[str, float]) -> bool:
+        """Whether it is the best evaluation so far, which is then the one to beat."""
         reward, kl = (measured[key] for key in ("eval/reward", "eval/kl"))  # None as it reads back, where it was NaN
         self.state |= {"evaluated": self.step, "kl": kl if _is_finite(kl) else self.state["kl"]}
         best = self.state["best_reward"]
-        if _is_finite(reward) and (best is None or reward > best):
+        is_best = _is_finite(reward) and (best is None or reward > best)
+        if is_best:
             self.state |= {"best_reward": reward, "bad_evals": 0}
-            if self.config.checkpoint.save_best:
-                self._export("best", self._reached())
-        else:
-            self.state["bad_evals"] += 1
+        return is_best
 
     def _evaluation_name(self) -> str:
         return f"step_{self.step:06d}"
@@ -349,8 +360,8 @@ class Trainer:
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         """Final evaluation and export; then, of the model that is safe by now, summary, card and report."""
-        if self.eval_prompts and not distributed.on_main(self._has_last_evaluation):
-            self._evaluate("after")
+        if self.eval_prompts:
+            self._take_in_last()
         self.checkpoints.wait()
         num_windowed = sum(distributed.all_gather(self.embedder.num_windowed))
         export(self.policy, self.run_dir / "final")

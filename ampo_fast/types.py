@@ -25,6 +25,8 @@ class GivenResponse:
     """A pair's label, which may come from another judge than the reward; None where the row is no pair."""
     scores: Mapping[str, float | None] = field(default_factory=dict)
     """Several ratings by name, where the data gives them."""
+    finish_reason: FinishReason = "stop"
+    """"length" where the data says that it was cut, as stage files do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

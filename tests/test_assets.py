@@ -46,3 +46,8 @@ def test_models_that_are_compared_are_named_by_their_options(tiny_model):
         implicit_rewards("runs/none", str(tiny_model), 0.1, [])
     with pytest.raises(ValueError, match=r"^--reference = 'runs/empty' is not a model directory"):
         implicit_rewards(str(tiny_model), "runs/empty", 0.1, [])
+
+
+def test_a_home_directory_is_one(tiny_model, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    assert resolve_model(f"~/{tiny_model.name}", "model.path") == str(tiny_model)

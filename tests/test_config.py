@@ -248,3 +248,8 @@ def test_another_schema_has_the_same_manners():
         build_config(minimal | {"eval": {"patienc": 1}}, schema=RewardTrainingConfig)
     with pytest.raises(ValueError, match=r"micro_batch_tokens = 256 .*data\.max_tokens = 512"):
         build_config(minimal | {"optim": {"micro_batch_tokens": 256}}, schema=RewardTrainingConfig)
+
+
+def test_a_home_directory_is_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert str(build_config(MINIMAL | {"run": {"dir": "~/runs"}}).run_dir) == "/home/anna/runs/run"

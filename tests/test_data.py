@@ -350,6 +350,7 @@ def test_pairs_over_one_prompt_may_share_its_id(tmp_path):
     [
         ('{"prompt": "a"}\n\n{"prompt": "b"}\n', r"x\.jsonl:2: empty line"),
         ('{"prompt": "a"}\n{"prompt": \n', r"x\.jsonl:2: not JSON: .* at column 1[12]"),
+        ('{"prompt": ' + "[" * 100_000, r"x\.jsonl:1: nested too deeply"),
         ('{"prompt": "a"}\n["b"]\n', r"x\.jsonl:2: expected a JSON object, got list"),
         ("", r"x\.jsonl is empty"),
         ("\n", r"x\.jsonl is empty"),
@@ -484,3 +485,13 @@ def test_needs_responses_refuses_bare_prompts(load_one):
 def test_every_format_reads_rows_of_its_required_fields_only():
     assert len({known.name for known in FORMATS}) == len(FORMATS)
     assert all(set(known.marks) & set(known.required) for known in FORMATS)
+
+
+def test_an_answer_that_a_stage_file_says_was_cut_stays_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answers = [{"content": "whole", "reward": 1.0, "finish_reason": "stop"}, {"content": "cu", "reward": 2.0}]
+    answers += [{"content": "cu", "reward": 2.0, "finish_reason": "length"}]
+    answers += [{"content": "other", "reward": 2.0, "finish_reason": "tool_calls"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "responses": answers}))
+    (read,) = load_prompts("~/x.jsonl")
+    assert [response.finish_reason for response in read.responses] == ["stop", "stop", "length", "stop"]

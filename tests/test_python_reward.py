@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from builders import prompt
 
 from ampo_fast.python_reward import PythonScorer
@@ -36,6 +37,15 @@ def none(prompts, responses): return None
 def short(prompts, responses): return [1.0]
 def nested(prompts, responses): return [[1.0], [2.0]]
 def word(prompts, responses): return ["good", "bad"]
+def as_for_another_trainer(completions, ground_truth, **columns): return [1.0] * len(completions)
+def swapped(texts, prompts): return [1.0] * len(texts)
+def texts_of_trl(prompts, completions, **columns): return [float(len(c)) for c in completions]
+
+def for_inference(prompts, responses):
+    import torch
+    torch.set_grad_enabled(False)
+    return [1.0 for _ in responses]
+
 constant = 3
 """
 
@@ -113,3 +123,20 @@ def test_what_it_does_to_the_prompts_stays_with_it():
     scorer.function = lambda prompts, responses: [prompts[0][0].update(content="") or len(prompts[0].append({}) or "")]
     scorer([asked], ["a"])
     assert asked.messages == ({"role": "user", "content": "why?"},)
+
+
+@pytest.mark.parametrize("name", ["as_for_another_trainer", "swapped"])
+def test_a_function_of_other_arguments_is_refused_before_it_judges_the_prompts(scorers, name):
+    with pytest.raises(ValueError, match=rf"{name}' takes \(\w+, \w+\), and is called with \(prompts, responses\)"):
+        PythonScorer(f"{scorers}:{name}", "reward.kind")
+
+
+def test_texts_may_be_called_completions(scorers):
+    assert score(f"{scorers}:texts_of_trl") == [1.0, 1.0]
+
+
+def test_what_a_function_does_to_the_grad_mode_ends_with_it(scorers, tmp_path):
+    (tmp_path / "my_inference.py").write_text("import torch\ntorch.set_grad_enabled(False)\nfrom my_scorers import *\n")
+    for module in (scorers, "my_inference"):
+        assert score(f"{module}:for_inference") == [1.0, 1.0]
+        assert torch.is_grad_enabled()

@@ -93,3 +93,25 @@ def test_rewards_that_float32_cannot_tell_apart_still_have_an_order():
     (chosen,) = select_groups([group], config(select={"k": 2}), 0.0)
     assert chosen.positive == (1,)
     assert chosen.negative != ()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "finish", "positive"),
+    [
+        ((0.9, 0.5, 0.1), ("length", "stop", "stop"), ()),
+        ((0.9, 0.9, 0.1), ("length", "stop", "stop"), (1,)),
+        ((0.5, 0.9, 0.1), ("length", "stop", "stop"), (1,)),
+    ],
+)
+def test_where_the_best_given_response_is_cut_no_worse_one_becomes_the_positive(rewards, finish, positive):
+    given = {"rollout": {"engine": "data"}, "reward": {"kind": "data"}, "select": {"k": 1}}
+    (chosen,) = select_groups([scored(rewards, finish=finish)], config(**given), 1e-6)
+    assert chosen.positive == positive
+    if not positive:
+        assert "rollout.max_new_tokens" in why_untrained([chosen])
+    kept = given | {"rollout": {"engine": "data", "truncated": "keep"}}
+    assert select_groups([scored(rewards, finish=finish)], config(**kept), 1e-6)[0].positive == (
+        rewards.index(max(rewards)),
+    )
+    (sampled,) = select_groups([scored(rewards, finish=finish)], config(select={"k": 1}), 1e-6)
+    assert sampled.positive == (1,)

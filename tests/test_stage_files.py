@@ -125,7 +125,7 @@ def test_degenerate_group_keeps_its_reason():
 
 
 def test_given_rewards_travel_as_raw_rewards():
-    given = (GivenResponse(content="answer 0", reward=0.25), GivenResponse(content="answer 1"))
+    given = (GivenResponse(content="answer 0", reward=0.25), GivenResponse(content="answer 1", finish_reason="length"))
     group = make_group(num=2, responses=given)
     row = through_json(row_from_group(group))
     assert raw_rewards(row) == [0.25, None]

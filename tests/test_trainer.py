@@ -174,12 +174,33 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(finished, tiny_mode
     assert made == pytest.approx(wanted, rel=1e-3)  # this process may have more threads
     assert (config.run_dir / "eval/step_000003.jsonl").is_file()
     kept = json.loads((config.run_dir / "checkpoints/step_000006/state.json").read_text())["state"]
-    assert kept["best_reward"] == pytest.approx(made[3], rel=1e-6)
+    assert kept["best_reward"] == pytest.approx(max(made[0], made[3]), rel=1e-6)
+
+
+@pytest.mark.parametrize("rewards", [(0.5, 0.4, 0.6), (0.5, 0.6, 0.4), (0.5, 0.4, 0.3)], ids=["last", "middle", "none"])
+def test_best_is_the_policy_of_the_best_evaluation_the_first_and_the_last_included(
+    tiny_model, tmp_path, monkeypatch, rewards
+):
+    found = iter(rewards)
+
+    def measured(*_):
+        return SimpleNamespace(scored=[], metrics={"eval/reward": next(found), "eval/kl": 0.0})
+
+    monkeypatch.setattr(Trainer, "_measure", measured)
+    monkeypatch.setattr(Trainer, "_summarise", lambda *_: {"steps": 6, "trained_groups": 1})
+    path = write_run(tmp_path, tiny_model, checkpoint={"every": 3, "save_best": True})
+    train(load_config(str(path)))
+    best, weights = rewards.index(max(rewards)), "model.safetensors"
+    assert (tmp_path / "runs/r/best" / weights).is_file() is (best > 0)
+    if best:
+        same = (tmp_path / "runs/r/best" / weights).read_bytes() == (tmp_path / "runs/r/final" / weights).read_bytes()
+        assert same is (best == 2)
 
 
 def test_an_evaluation_without_a_reward_is_never_the_best():
     trainer = SimpleNamespace(step=3, config=config(checkpoint={"save_best": False}))
     trainer.state = {"best_reward": None, "bad_evals": 0, "kl": 0.0}
+    trainer._compare = lambda measured: Trainer._compare(trainer, measured)
     seen = []
     for reward, kl in ((math.nan, 0.1), (None, None), (0.2, 0.3), (math.nan, math.nan), (0.3, 0.4)):
         Trainer._take_in(trainer, {"eval/reward": reward, "eval/kl": kl})
@@ -203,7 +224,7 @@ def test_evaluations_use_the_frozen_reference_as_the_start(tiny_model, sections,
 
 @pytest.mark.parametrize(
     ("stop", "lr", "said", "steps"),
-    [({"patience": 2}, 1e-9, r"eval\.patience", 3), ({"max_kl": 1e-9}, 3e-3, r"eval\.max_kl", 1)],
+    [({"patience": 2}, 1e-9, r"eval\.patience", 2), ({"max_kl": 1e-9}, 3e-3, r"eval\.max_kl", 1)],
 )
 def test_an_early_stop_ends_whole_and_stays_the_end_after_a_kill(
     tiny_model, tmp_path, monkeypatch, stop, lr, said, steps
@@ -452,11 +473,15 @@ def test_a_gamma_that_cannot_be_fitted_is_named(tiny_model, tmp_path):
         train(load_config(str(path), ["--reward.normalize", "minmax"]))
 
 
-def test_labels_against_scores_are_counted_and_the_scores_trusted(tiny_model, tmp_path, caplog):
+def test_labels_against_scores_are_refused_or_counted_and_the_scores_trusted(tiny_model, tmp_path, caplog):
     rows = pair_rows((0.5, 0.1, -0.02, 0.9))
     path = write_pairs(tmp_path, tiny_model, rows, loss={"name": "DPO"}, optim={"prompts_per_step": 4})
+    with pytest.raises(
+        ValueError, match=r"scores below the rejected one in 1 of 4 pairs \(2\); set data\.disagreement"
+    ):
+        train(load_config(str(path)))
     with caplog.at_level("WARNING"):
-        train(load_config(str(path), ["--run.steps", "1"]))
+        train(load_config(str(path), ["--run.steps", "1", "--data.disagreement", "scores"]))
     assert "disagree in 1 of 4 pairs" in caplog.text
     row = next(
         json.loads(line) for line in (tmp_path / "runs/r/rollouts/step_000001.jsonl").open() if '"id": "2"' in line

@@ -21,6 +21,7 @@ def _check_name(name: str) -> str:
 
 
 RunName = Annotated[str, AfterValidator(_check_name)]
+RunDir = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 ADVANCED = {"advanced": True}
@@ -40,11 +41,15 @@ class Section(BaseModel):
         return value
 
 
+Disagreement = Literal["raise", "scores", "drop"]
+DISAGREEMENT = "Pairs whose chosen response has the lower score: an error, trust the scores, or leave out."
+
+
 class RunConfig(Section):
     """Where the run lives, how long it is, and who watches it."""
 
     name: RunName = Field("run", description="The run directory is DIR/NAME; an existing one is never overwritten.")
-    dir: Path = Field(Path("runs"), description="Parent of all run directories.")
+    dir: RunDir = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds prompts, sampling and selection.")
     steps: Positive = Field(100, description="Optimizer steps in the whole run.")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
@@ -65,6 +70,7 @@ class DataConfig(Section):
     active_pairs: Count = Field(
         0, description="Only so many pairs, those that tell the last layer most (D-optimal: ADPO, APO); 0: all."
     )
+    disagreement: Disagreement = Field("raise", description=DISAGREEMENT, json_schema_extra=ADVANCED)
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out and counted.")
     max_overlong_share: Share = Field(
         0.1, description="More over-long prompts than this share is an error.", json_schema_extra=ADVANCED
@@ -218,11 +224,6 @@ class SelectConfig(Section):
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
-    time_limit: Annotated[float, Field(ge=0.0)] | None = Field(
-        None,
-        description="Seconds for opt_select_exact to prove a round's choices in; then the best known stand. Unset: no limit.",
-        json_schema_extra=ADVANCED,
-    )
     pareto: bool = Field(
         False,
         description="The positive from the front that no candidate beats by every reward, negatives that it beats (CaPO).",
@@ -299,7 +300,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         False, description="Write from a copy in host memory (12 bytes a trained parameter) while training goes on."
     )
-    save_best: bool = Field(True, description="Export the policy with the best evaluation reward to best/.")
+    save_best: bool = Field(
+        True, description="Export to best/ the policy whose evaluation is the best so far, the start's included."
+    )
 
 
 class Config(Section):

@@ -7,14 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ampo_fast.config import BaseModelConfig, BaseOptimConfig, Count, Positive, RunName, Section, Share
+from ampo_fast.config import (
+    DISAGREEMENT,
+    BaseModelConfig,
+    BaseOptimConfig,
+    Count,
+    Disagreement,
+    Positive,
+    RunDir,
+    RunName,
+    Section,
+    Share,
+)
 
 
 class RewardRunConfig(Section):
     """Where the run lives, how long it is, and who watches it."""
 
     name: RunName = Field("reward", description="The run directory is DIR/NAME; an existing one is never overwritten.")
-    dir: Path = Field(Path("runs"), description="Parent of all run directories.")
+    dir: RunDir = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds the held-out split, the order of the groups and a new head.")
     epochs: Positive = Field(3, description="Passes over the groups, unless stopped early.")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
@@ -37,10 +48,7 @@ class RewardDataConfig(Section):
     group_by_prompt: bool = Field(
         False, description="Pairs of one prompt become one group: only where scores compare across its pairs."
     )
-    disagreement: Literal["raise", "scores", "drop"] = Field(
-        "raise",
-        description="Pairs whose chosen response has the lower score: an error, trust the scores, or leave out.",
-    )
+    disagreement: Disagreement = Field("raise", description=DISAGREEMENT)
     max_missing_share: Share = Field(0.2, description="More responses without a score than this share is an error.")
 
 

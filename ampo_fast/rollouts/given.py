@@ -26,7 +26,8 @@ class DataEngine(LocalEngine):
         candidates = []
         for response in prompt.responses:
             ids = self.policy.encode_response(response.content)
-            reason = "stop" if len(ids) <= max_new_tokens else "length"
+            ids = ids[:-1] if response.finish_reason == "length" else ids  # it did not end
+            reason = "length" if len(ids) > max_new_tokens else response.finish_reason
             candidates.append(Candidate(content=response.content, token_ids=ids[:max_new_tokens], finish_reason=reason))
         prompt_ids = self.policy.encode_prompt(prompt.messages)
         return CandidateGroup(prompt=prompt, prompt_ids=prompt_ids, candidates=tuple(candidates))
