@@ -3,6 +3,10 @@
 No key or value is copied: a block mask says which tokens a token sees, so that blocks of other groups and of other responses
 are never computed. torch's other kernels know no soft cap, and plain operations would write every score.
 
+One program serves all lengths, windows and caps. For that its shapes are dynamic, and the window and the cap are tensors: of a
+Python number that a mask or a change of scores closes over torch's compiler (2.11, 2.13) makes a symbol, which it cannot lower
+there.
+
 Shapes: T packed tokens, H query heads, K key/value heads, A head size.
 """
 
@@ -19,6 +23,8 @@ import torch
 
 from ampo_fast.dispatch import on_device
 
+_NO_WINDOW = torch.iinfo(torch.int32).max  # no place is further back, and place - this does not overflow
+
 
 @dataclass(frozen=True, slots=True)
 class FlexPlan:
@@ -30,6 +36,7 @@ class FlexPlan:
     place_T: torch.Tensor
     """The token's position in its own sequence; a response's first one follows the prompt's last one."""
     _masks: dict[int | None, Any] = field(default_factory=dict)
+    _caps: dict[float, Callable] = field(default_factory=dict)
 
     @classmethod
     def build(cls, piece_lengths: Sequence[int], responses_per_group: Sequence[int], device: torch.device) -> FlexPlan:
@@ -49,18 +56,29 @@ class FlexPlan:
         """Every token sees itself and what came before in its prompt and its own response, `window` tokens in all at most."""
         if window not in self._masks:
             group_T, response_T, place_T = self.group_T, self.response_T, self.place_T
+            reach = _number(_NO_WINDOW if window is None else window, place_T.dtype, place_T.device)
 
             # Comparisons alone: this runs on all pairs of tokens, and a difference of places would be T x T numbers.
             def sees(batch, head, query, key):
                 is_own = (response_T[key] == 0) | (response_T[key] == response_T[query])
-                is_near = place_T[key] <= place_T[query]
-                if window is not None:
-                    is_near = is_near & (place_T[query] - window < place_T[key])
+                is_near = (place_T[key] <= place_T[query]) & (place_T[query] - reach < place_T[key])
                 return (group_T[key] == group_T[query]) & is_own & is_near
 
             size = group_T.numel()
             self._masks[window] = _flex().create_block_mask(sees, None, None, size, size, device=group_T.device)
         return self._masks[window]
+
+    def cap(self, softcap: float) -> Callable:
+        """What makes softcap tanh(score / softcap) of a score."""
+        if softcap not in self._caps:
+            limit = _number(softcap, torch.float32, self.place_T.device)
+            self._caps[softcap] = lambda score, batch, head, query, key: limit * torch.tanh(score / limit)
+        return self._caps[softcap]
+
+
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Filled on the device: a copy from the host would wait for it."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def softcapped_attention(
@@ -74,12 +92,8 @@ def softcapped_attention(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """softmax(softcap tanh(q k^T scale / softcap)) v of every token over what it sees, [1, H, T, A] like the query."""
-
-    def cap(score, batch, head, query_index, key_index):
-        return softcap * torch.tanh(score / softcap)
-
-    mask = plan.block_mask(sliding_window)
-    return _kernel(query.is_cuda)(query, key, value, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    changes = {"score_mod": plan.cap(softcap), "block_mask": plan.block_mask(sliding_window)}
+    return _kernel(query.is_cuda)(query, key, value, **changes, scale=scale, enable_gqa=True)
 
 
 def can_run(query: torch.Tensor, softcap: float | None) -> bool:
@@ -87,10 +101,11 @@ def can_run(query: torch.Tensor, softcap: float | None) -> bool:
 
 
 @functools.cache
-def _kernel(is_cuda: bool) -> Callable:
-    # One program for all lengths: with dynamic = False every batch would be compiled anew, for seconds.
+def _kernel(is_compiled: bool) -> Callable:
+    # dynamic = False compiles every batch anew, for seconds; dynamic = None the first one in vain, and it takes numbers that
+    # changed for symbols too.
     function = _flex().flex_attention
-    return torch.compile(function, dynamic=True) if is_cuda else function
+    return torch.compile(function, dynamic=True) if is_compiled else function
 
 
 def _flex() -> ModuleType:

@@ -177,11 +177,47 @@ def _torch_kernel() -> Callable | None:
 
 
 def _torch_varlen(function, knows_gqa: bool, query, key, value, plan: VarlenPlan, scale, window, softcap):
+    options = {"scale": scale, "window_size": window}
     repeats = query.shape[1] // key.shape[1]
-    options = {"enable_gqa": True} if knows_gqa and repeats > 1 else {}
-    if repeats > 1 and not knows_gqa:  # the first releases of it
+    if repeats > 1 and knows_gqa:
+        options["enable_gqa"] = True
+    elif repeats > 1 and not _shares_heads(function, query.device, query.dtype):
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     return function(
-        query, key, value, plan.query_offsets, plan.key_offsets, plan.max_query, plan.max_key,
-        scale=scale, window_size=window, **options,
+        query, key, value, plan.query_offsets, plan.key_offsets, plan.max_query, plan.max_key, **options
     )  # fmt: skip
+
+
+@functools.cache
+def _shares_heads(function: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes fewer key heads than query heads and is right, gradients included: asked by a tiny call.
+
+    torch 2.11's does, and does not say so. Repeated keys and values are a quarter of what an 8B model keeps for the backward.
+    """
+    repeated = _tiny_call(function, device, dtype, lambda x_SKA: x_SKA.repeat_interleave(2, dim=1))
+    try:
+        shared = _tiny_call(function, device, dtype, lambda x_SKA: x_SKA)
+    except (RuntimeError, ValueError):
+        return False
+    tolerance = 16 * torch.finfo(dtype).eps
+    return all(
+        ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+        for ours, theirs in zip(shared, repeated, strict=True)
+    )
+
+
+def _tiny_call(function: Callable, device: torch.device, dtype: torch.dtype, prepare: Callable) -> list[torch.Tensor]:
+    """Output and gradients of one sequence, 4 query heads, 2 key heads; `prepare` is what becomes of keys and values."""
+    length, size = 3, _HEAD_SIZE_STEP
+    query_THA, key_SKA, value_SKA, grad_THA = (
+        torch.arange(length * heads * size, device=device).add(start).sin().to(dtype).view(length, heads, size)
+        for start, heads in ((0, 4), (100, 2), (200, 2), (300, 4))
+    )
+    offsets = _offsets([length], device)
+    inputs = [x.requires_grad_() for x in (query_THA, key_SKA, value_SKA)]
+    # The first forward asks, which may be one without gradients, or in a checkpoint, whose hooks would count what is kept here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        out_THA = function(
+            query_THA, prepare(key_SKA), prepare(value_SKA), offsets, offsets, length, length, scale=1.0, window_size=(-1, 0)
+        )  # fmt: skip
+        return [out_THA.detach(), *torch.autograd.grad(out_THA, inputs, grad_THA)]

@@ -54,24 +54,23 @@ def main() -> None:
         return call
 
     calls = {name: full(loss) for name, loss in losses.items()}
+    context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
+    base = {"op": "group_contrastive_loss", "mode": "forward+backward", "dtype": "float32", **context}
+    base["shape"] = f"{options.groups}x{options.size}"
+    medians = {}
+
+    def keep(seconds: dict[str, list[float]], _: dict) -> None:
+        table = [base | {"variant": name} | rows.timings(samples) for name, samples in seconds.items()]
+        rows.append(options.csv, table)
+        for row in table:
+            medians[row["variant"]] = float(row["median_ms"])
+            print(f"{row['variant']:16} {row['median_ms']:>9} ms")
+
+    slow = {"reference": calls.pop("reference")}
+    rows.alternate(calls, options.repeats, keep)
     # The eager loop takes a thousand times longer: its own few repeats, within the same run. On a GPU, which waits for the
     # launches of some fifty operations a group, one.
-    slow, _ = rows.alternate({"reference": calls.pop("reference")}, 1 if options.device == "cuda" else 3)
-    seconds, _ = rows.alternate(calls, options.repeats)
-    context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
-    table = []
-    for name, samples in (seconds | slow).items():
-        base = {
-            "op": "group_contrastive_loss",
-            "variant": name,
-            "mode": "forward+backward",
-            "dtype": "float32",
-            **context,
-        }
-        table.append(base | {"shape": f"{options.groups}x{options.size}"} | rows.timings(samples))
-        print(f"{name:16} {table[-1]['median_ms']:>9} ms")
-    rows.append(options.csv, table)
-    medians = {row["variant"]: float(row["median_ms"]) for row in table}
+    rows.alternate(slow, 1 if options.device == "cuda" else 3, keep)
     best = min(value for name, value in medians.items() if name != "reference")
     print(json.dumps({"speedup_vs_reference": round(medians["reference"] / best, 2), **medians}))
 

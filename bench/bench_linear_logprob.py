@@ -10,6 +10,7 @@ a third of the rows leaning on their target's weight, so that the softmax is pea
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -183,7 +184,7 @@ FLOPS = {"ours_frozen": 4, "ours_forward_only": 2, "ours_forward_no_logits": 2, 
 
 
 def ready_calls(case: Case, wanted: list[str]) -> dict[str, Callable[[], object]]:
-    """The variants that can run here, each followed by a wait for the device."""
+    """The variants that can run here, each followed by a wait for the device; on a GPU they return their peak in MiB."""
     calls = {}
     for name in wanted:
         try:
@@ -192,24 +193,25 @@ def ready_calls(case: Case, wanted: list[str]) -> dict[str, Callable[[], object]
             print(f"left out: {name}: {error}")
             continue
 
-        def timed(call=call) -> None:
-            case.free()
-            call()
-            if case.device.type == "cuda":
-                torch.cuda.synchronize()
-
-        calls[name] = timed
+        calls[name] = functools.partial(waited_for, case, call)
     return calls
 
 
-def peak_mib(case: Case, call: Callable[[], object]) -> str:
+def waited_for(case: Case, call: Callable[[], object]) -> str | None:
     case.free()
     if case.device.type != "cuda":
-        return rows.peak_mib(call)
+        call()
+        return None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
+    torch.cuda.synchronize()
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+
+def host_peak_mib(case: Case, call: Callable[[], object]) -> str:
+    case.free()
+    return rows.peak_mib(call)
 
 
 def main() -> None:
@@ -224,28 +226,33 @@ def main() -> None:
     shape = tuple(int(part) for part in options.shape.split(","))
     case = Case(*shape, getattr(torch, options.dtype), torch.device(options.device))
     calls = ready_calls(case, options.variants.split(","))
-    seconds, _ = rows.alternate(calls, options.repeats)
     context = rows.context("torch") | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {})
     base = {"op": "linear_group_loss", "shape": "x".join(map(str, shape)), "dtype": options.dtype, **context}
-    table, peaks = [], {}
-    for name, samples in seconds.items():
-        peaks[name] = peak_mib(case, calls[name])
-        mode = "forward" if name.startswith("ours_forward") else "forward+backward"
-        tflops = FLOPS.get(name, 6) * shape[0] * shape[1] * shape[2] / min(samples) / 1e12
-        row = {
-            **base,
-            "variant": name,
-            "mode": mode,
-            "peak_mib": peaks[name],
-            "note": f"{tflops:.3f} useful TFLOP/s at best",
-        }
-        if "bare_gemms" in seconds:
-            bound = FLOPS.get(name, 6) / 6 * min(seconds["bare_gemms"])
-            row["roofline_pct"] = f"{100 * bound / min(samples):.1f}"
-        table.append(row | rows.timings(samples))
-        print(f"{name:28} {table[-1]['median_ms']:>9} ms  {peaks[name]:>8} MiB  {tflops:8.3f} TFLOP/s")
-    rows.append(options.csv, table)
+    peaks = {}
+
+    def keep(seconds: dict[str, list[float]], results: dict[str, object]) -> None:
+        for name, samples in seconds.items():
+            peaks[name] = results[name] or host_peak_mib(case, calls[name])
+            row = base | measured(name, samples, shape, seconds.get("bare_gemms")) | {"peak_mib": peaks[name]}
+            rows.append(options.csv, [row])
+            print(f"{name:28} {row['median_ms']:>9} ms  {peaks[name]:>8} MiB  {row['note']}")
+
+    seconds, _ = rows.alternate(calls, options.repeats, keep)
     print(json.dumps(ratios(seconds, peaks)))
+
+
+def measured(name: str, samples: list[float], shape: tuple[int, ...], bare_gemms: list[float] | None) -> dict:
+    """What the samples say of a variant, in a row's fields."""
+    multiple = FLOPS.get(name, 6)
+    tflops = multiple * shape[0] * shape[1] * shape[2] / min(samples) / 1e12
+    row = {
+        "variant": name,
+        "mode": "forward" if name.startswith("ours_forward") else "forward+backward",
+        "note": f"{tflops:.3f} useful TFLOP/s at best",
+    }
+    if bare_gemms:
+        row["roofline_pct"] = f"{100 * multiple / 6 * min(bare_gemms) / min(samples):.1f}"
+    return row | rows.timings(samples)
 
 
 def ratios(seconds: dict[str, list[float]], peaks: dict[str, str]) -> dict[str, float]:

@@ -48,15 +48,18 @@ def clustered(count: int, size: int, dtype: torch.dtype, device: str) -> torch.T
 
 
 class Table:
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
+    """Rows, written as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.common = rows.context("torch") | {"device": torch.cuda.get_device_name(), "mode": "cuda"}
 
     def add(self, op: str, variant: str, shape: str, dtype: str, seconds: list[float], note: str = "") -> float:
-        """Adds the row; returns the median in seconds."""
-        self.rows.append(self.common | {"op": op, "variant": variant, "shape": shape, "dtype": dtype, "note": note}
-                         | rows.timings(seconds))  # fmt: skip
-        print(f"{op:12}{variant:14}{shape:32}{self.rows[-1]['median_ms']:>10} ms  {note}", flush=True)
+        """Writes the row; returns the median in seconds."""
+        row = self.common | {"op": op, "variant": variant, "shape": shape, "dtype": dtype, "note": note}
+        row |= rows.timings(seconds)
+        rows.append(self.path, [row], EXTRA)
+        print(f"{op:12}{variant:14}{shape:32}{row['median_ms']:>10} ms  {note}", flush=True)
         return statistics.median(seconds)
 
 
@@ -99,11 +102,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_selector_gpu.py needs a GPU; bench_selector.py is the one for a CPU")
-    table = Table()
+    table = Table(options.csv)
     found = bench_groups(table, options.groups, options.embedding)
     torch.cuda.empty_cache()
     found |= bench_pool(table, options.pool, 384, 500)
-    rows.append(options.csv, table.rows, EXTRA)
     print(json.dumps(found))
 
 

@@ -117,7 +117,8 @@ def work(shape: tuple[int, int], count: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def measure(model, shape: tuple[int, int], options: argparse.Namespace, context: dict) -> tuple[list[dict], dict]:
+def measure(model, shape: tuple[int, int], options: argparse.Namespace, context: dict) -> dict:
+    """The ratios; a row for each variant goes to options.csv."""
     groups = make_groups(*shape, options.groups, options.vocab)
     sizes = work(shape, options.groups)
     ratio = sizes["stock"][0] / sizes["shared"][0]
@@ -140,26 +141,28 @@ def measure(model, shape: tuple[int, int], options: argparse.Namespace, context:
         "shared": waited(lambda: shared_step(model, groups, options.device)),
         "stock": waited(lambda: stock_step(model, groups, options.device, per_batch)),
     }
-    seconds, peaks = rows.alternate(calls, options.repeats)
-    table, mfu = [], {}
-    for name, samples in seconds.items():
-        timing = rows.timings(samples)
-        done = flops(model, *sizes[name], options.groups * SIZE * shape[1])
-        mfu[name] = done / (float(timing["median_ms"]) / 1e3) / H200_BF16
-        note = f"{sizes[name][0]} tokens; {done / 1e12:.0f} TFLOP"
-        table.append(
-            {"op": "step_8b", "variant": name, "mode": "forward+backward", "dtype": "bfloat16", **context, **timing,
-             "shape": f"{options.groups}x{SIZE} {shape[0]}+{shape[1]}", "peak_mib": f"{peaks[name]:.0f}",
-             "roofline_pct": f"{100 * mfu[name]:.1f}" if is_cuda else "", "note": note}
-        )  # fmt: skip
-        print(
-            f"{shape} {name:8}{timing['median_ms']:>10} ms  MFU {mfu[name]:.1%}  {peaks[name]:.0f} MiB  {note}",
-            flush=True,
-        )
-    medians = {row["variant"]: float(row["median_ms"]) for row in table}
+    medians, mfu = {}, {}
+
+    def keep(seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
+        for name, samples in seconds.items():
+            timing = rows.timings(samples)
+            medians[name] = float(timing["median_ms"])
+            done = flops(model, *sizes[name], options.groups * SIZE * shape[1])
+            mfu[name] = done / (medians[name] / 1e3) / H200_BF16
+            note = f"{sizes[name][0]} tokens; {done / 1e12:.0f} TFLOP"
+            row = {
+                "op": "step_8b", "variant": name, "mode": "forward+backward", "dtype": "bfloat16", **context, **timing,
+                "shape": f"{options.groups}x{SIZE} {shape[0]}+{shape[1]}", "peak_mib": f"{peaks[name]:.0f}",
+                "roofline_pct": f"{100 * mfu[name]:.1f}" if is_cuda else "", "note": note,
+            }  # fmt: skip
+            rows.append(options.csv, [row])
+            measured = f"MFU {mfu[name]:.1%}  {peaks[name]:.0f} MiB  {note}"
+            print(f"{shape} {name:8}{timing['median_ms']:>10} ms  {measured}", flush=True)
+
+    rows.alternate(calls, options.repeats, keep)
     speedup = medians["stock"] / medians["shared"]
     key = "_".join(map(str, shape))
-    return table, {
+    return {
         f"speedup_shared_{key}": round(speedup, 3),
         f"share_of_token_ratio_{key}": round(speedup / ratio, 3),
         f"mfu_{key}": round(mfu["shared"], 4),
@@ -185,9 +188,7 @@ def main() -> None:
     model = make_model(options)
     found: dict[str, float] = {}
     for text in options.shapes:
-        table, ratios = measure(model, tuple(map(int, text.split(","))), options, context)
-        rows.append(options.csv, table)
-        found |= ratios
+        found |= measure(model, tuple(map(int, text.split(","))), options, context)
     print(json.dumps(found))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import importlib.metadata
 import os
 import platform
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ampo_fast.memory import status_kib
@@ -64,15 +67,39 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Times the calls in turn, so that a slow minute of the machine hits all -> (seconds by name, last result by name)."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    results = {name: call() for name, call in calls.items()}  # warm-up
-    for _ in range(repeats):
-        for name, call in calls.items():
-            spent, results[name] = timed(call)
-            seconds[name].append(spent)
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    keep: Callable[[dict[str, list[float]], dict[str, object]], None] = lambda seconds, results: None,
+) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """Times the calls in turn, so that a slow minute of the machine hits all -> (seconds by name, last result by name).
+
+    keep(seconds, results) is called in the end, also where an error or SIGTERM, which a time limit sends, is that end: then
+    with the calls that were timed at least once.
+    """
+    seconds: dict[str, list[float]] = {}
+    results: dict[str, object] = {}
+    try:
+        with _sigterm_exits():
+            for i in range(repeats):
+                for name, call in calls.items():
+                    if i == 0:
+                        call()  # warm-up; the first timing follows at once, so that a limit met in the next one's costs nothing
+                    spent, results[name] = timed(call)
+                    seconds.setdefault(name, []).append(spent)
+    finally:
+        keep(seconds, results)
     return seconds, results
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """As an exception, which `finally` sees; by default the process ends where it is."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def peak_mib(call: Callable[[], object]) -> str:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from ampo_fast import attention, attention_varlen
 from ampo_fast.attention_varlen import VarlenPlan
@@ -106,7 +107,55 @@ def test_under_autocast_its_type_counts_and_not_the_querys():
         assert attention_varlen.compute_dtype(query) == torch.bfloat16
 
 
-def test_torchs_kernel_is_called_with_its_own_signature(monkeypatch):
+def torch_kernel(seen, shape_heads=lambda key, repeats: key):
+    """A stand-in for varlen_attn, of today's signature; notes the number of key heads that it is given."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        plan = SimpleNamespace(query_offsets=cu_seq_q, key_offsets=cu_seq_k, max_query=max_q, max_key=max_k)
+        seen.append(key.shape[1])
+        key, value = (shape_heads(x, query.shape[1] // key.shape[1]) for x in (key, value))
+        return eager_kernel(query, key, value, plan, scale, window_size, None)
+
+    return varlen_attn
+
+
+def refuses(x, repeats):
+    if repeats > 1:
+        raise RuntimeError("Expect query and key/value to have the same number of heads")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("shape_heads", "taken"),
+    [(lambda x, repeats: x, 2), (refuses, 4), (lambda x, repeats: x.repeat(1, repeats, 1), 4)],
+    ids=["takes fewer heads", "refuses", "takes the wrong head"],
+)
+def test_keys_are_repeated_only_for_a_kernel_that_needs_it(monkeypatch, shape_heads, taken):
+    """Asked inside a checkpoint too, which counts what is kept: a probe that it saw would make its second forward another."""
+    seen = []
+    function = torch_kernel(seen, shape_heads)
+
+    def kernel(*args):
+        return attention_varlen._torch_varlen(function, False, *args)
+
+    by_pieces = attend(inputs())
+    monkeypatch.setattr(attention_varlen, "can_run", lambda query, softcap: True)
+    monkeypatch.setattr(attention_varlen, "kernel", lambda softcap: kernel)
+    tensors = inputs()
+    plan = attention.SegmentPlan.build(SEGMENTS)
+
+    def attended(*qkv):
+        return attention.segment_attention(torch.nn.Identity(), *qkv, None, segments=plan)[0]
+
+    out = torch.utils.checkpoint.checkpoint(attended, *tensors, use_reentrant=False)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * weight).sum().backward()
+    for ours, theirs in zip([out.detach(), *(x.grad for x in tensors)], by_pieces, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert seen == [4, 2, taken, taken]  # asked twice, once in all; then both forwards of the checkpoint
+
+
+def test_torchs_kernel_is_called_with_its_own_signature():
     """A misspelt keyword would show on a GPU only."""
     import inspect
 
@@ -114,16 +163,19 @@ def test_torchs_kernel_is_called_with_its_own_signature(monkeypatch):
 
     signature = inspect.signature(varlen.varlen_attn)
     seen = {}
+    stand_in = torch_kernel([])
 
-    def stand_in(*args, **kwargs):
+    def varlen_attn(*args, **kwargs):
         seen.update(signature.bind(*args, **kwargs).arguments)
-        return args[0]
+        kwargs.pop("enable_gqa", None)
+        return stand_in(*args, **kwargs)
 
     query, key, value = (x[0].transpose(0, 1) for x in inputs())
     plan = VarlenPlan.build(*_pieces(), query.device)
     for knows_gqa in {"enable_gqa" in signature.parameters, False}:  # torch 2.11 has no such keyword
-        attention_varlen._torch_varlen(stand_in, knows_gqa, query, key, value, plan, 0.5, (-1, 0), None)
-        assert seen["key"].shape[1] == (2 if knows_gqa else 4)
+        gathered = key[plan.key_index_S], value[plan.key_index_S]
+        attention_varlen._torch_varlen(varlen_attn, knows_gqa, query, *gathered, plan, 0.5, (-1, 0), None)
+        assert seen["key"].shape[1] == 2
         assert (seen["window_size"], seen["max_k"], seen["cu_seq_k"].dtype) == ((-1, 0), 7, torch.int32)
 
 
