@@ -238,26 +238,38 @@ class _Plan:
 
 
 class _GroupedLoss(torch.autograd.Function):
-    """Loss and all gradients in the forward; the backward only scales them."""
+    """Loss and all gradients in the forward; the backward scales them, and casts: several chunks' dW waits for it in float32,
+    so that one pass does both."""
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, plan: _Plan):
         loss, gradients = _walk_groups(hidden_RD, weight_VD, bias_V, target_R, plan, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients.result())
+        ctx.save_for_backward(*gradients.sums())
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden_RD, weight_VD, bias_V)]
         return loss / plan.normalizer
 
     @staticmethod
     def backward(ctx, upstream):
         check_first_order("fused_linear_group_loss")
-        scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+        scaled = (
+            None if total is None else _scaled(total, upstream, dtype)
+            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (*scaled, None, None)
+
+
+def _scaled(total: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """total * upstream, rounded once, to `dtype`. On a GPU one pass casts as it multiplies; nothing of total's size is made
+    beside the result."""
+    # One dimension more than a scalar has: a 0-d factor would be rounded to total's dtype first.
+    return torch.mul(total, upstream.reshape(1), out=torch.empty_like(total, dtype=dtype))
 
 
 def _walk_groups(
     hidden_RD, weight_VD, bias_V, target_R, plan: _Plan, needed: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor, HeadGradients]:
     """(loss summed over the groups, gradients), chunk by chunk. The last chunk's logits are freed when this returns: the
-    gradients are cast where they were."""
+    gradients are cast after that."""
     options = plan.options
     work = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
     plan.target_R = target_R

@@ -149,10 +149,17 @@ class HeadGradients:
         else:
             sum_VD += gradient_VR @ hidden_RD
 
-    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        weight_grad = None if self.weight_grad is None else self.weight_grad.to(self.weight_VD.dtype)
-        bias_grad = None if self.bias_grad is None else self.bias_grad.to(self.bias_V.dtype)
-        return self.hidden_grad, weight_grad, bias_grad
+    def sums(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """dX, dW and db as they were added up."""
+        return self.hidden_grad, self.weight_grad, self.bias_grad
+
+    def result(self) -> tuple[torch.Tensor | None, ...]:
+        """dX, dW and db in their parameters' dtypes."""
+        parameters = (self.hidden_RD, self.weight_VD, self.bias_V)
+        return tuple(
+            None if total is None else total.to(parameter.dtype)
+            for total, parameter in zip(self.sums(), parameters, strict=True)
+        )
 
 
 def _chunks(num_rows: int, size: int) -> list[slice]:

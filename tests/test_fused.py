@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ampo_fast import fused, fused_linear_group_loss, head, linear_logprob, logprobs, losses
-from ampo_fast.losses import AMPO, NLL, GroupContrastive, ResponseStats, Sum
+from ampo_fast.losses import AMPO, NLL, GroupContrastive, ResponseStats, Sum, stats
 
 D, V = 8, 97
 RESPONSES = torch.tensor([0, 5, 9, 12, 20, 22, 30, 40])
@@ -257,6 +257,36 @@ def test_the_weights_gradient_is_rounded_once_however_many_chunks(mode, monkeypa
     assert (weight.grad[0].double() - exact.grad[0]).abs().max() <= 0.006 * exact.grad[0].abs().max()
 
 
+def test_the_upstream_gradient_is_applied_to_the_float32_sum_and_rounded_once(monkeypatch):
+    walk, kept = fused._walk_groups, []
+
+    def noted(*arguments):
+        loss, gradients = walk(*arguments)
+        kept.extend(gradients.sums())
+        return loss, gradients
+
+    monkeypatch.setattr(fused, "_walk_groups", noted)
+    leaves = [t.detach().bfloat16().requires_grad_() for t in inputs()[:3]]
+    _, _, _, target, reward = inputs()
+    loss, _ = fused_linear_group_loss(
+        *leaves[:2], target, RESPONSES, GROUPS, reward.float(), AMPO(), bias_V=leaves[2], mode="grouped", chunk_rows=13,
+    )  # fmt: skip
+    (loss / 3).backward()
+    assert [total.dtype for total in kept] == [torch.bfloat16, torch.float32, torch.float32]
+    for leaf, total in zip(leaves, kept, strict=True):
+        assert torch.equal(leaf.grad, (total.float() * (torch.ones(()) / 3)).bfloat16())
+
+
+def test_the_backward_of_a_segments_sum_copies_nothing_from_the_host(monkeypatch):
+    copied, on_device = [], stats.on_device
+    monkeypatch.setattr(stats, "on_device", lambda plan, device: copied.append(plan) or on_device(plan, device))
+    values, offsets = torch.rand(40, requires_grad=True), torch.tensor([0, 0, 5, 40])
+    total = stats.segment_sum(values, offsets)
+    (total * torch.tensor([7.0, 2.0, 3.0])).sum().backward()
+    assert values.grad.tolist() == [2.0] * 5 + [3.0] * 35
+    assert [plan.numel() for plan in copied] == [4]
+
+
 @pytest.mark.parametrize(
     ("frozen", "products"), [((), 6), (("weight",), 4), (("hidden",), 4), (("hidden", "weight"), 2)], ids=str
 )
@@ -417,15 +447,16 @@ def test_nan_logits_are_named_by_row(value):
 
 
 @pytest.mark.parametrize("num_tokens", [97, 49152, 50257, 128256, 128257, 151936, 262144, 1_000_000])
-def test_a_gpus_chunks_are_whole_tiles_and_its_rows_of_logits_start_at_16_bytes(num_tokens):
+def test_a_gpus_chunks_are_whole_tiles_and_its_rows_of_logits_are_multiples_of_16(num_tokens):
     gpu = torch.device("cuda")
     with_gradient, without = head.default_chunk_rows(num_tokens, gpu), head.forward_chunk_rows(num_tokens, gpu)
     assert with_gradient % 256 == without % 256 == 0
     assert 4096 <= with_gradient <= 8192
     assert without >= 512
+    assert without == 512 or 2**29 - 512 * num_tokens < 2 * without * num_tokens <= 2**29  # bytes of bfloat16
     stride = head._row_stride(num_tokens, gpu)
-    assert stride % 8 == 0
-    assert 0 <= stride - num_tokens < 8
+    assert stride % 16 == 0
+    assert 0 <= stride - num_tokens < 16
 
 
 def test_a_cpus_chunks_and_rows_are_not_rounded():

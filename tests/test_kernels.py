@@ -302,14 +302,118 @@ def test_rows_of_logits_that_are_padded_as_on_a_gpu_change_nothing(mode, impl, m
     monkeypatch.setattr(ops, "default_chunk_rows", lambda *_: 5)
     monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens)
     plain = run()
-    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens + 7)
+    monkeypatch.setattr(heads, "_row_stride", lambda num_tokens, _: num_tokens + 15)
     for module in (fused, ops):
         monkeypatch.setattr(module, "logit_buffer", buffer_of_nan)
     padded = run()
     for got, want in zip(padded, plain, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
     assert buffers
-    assert all(rows.shape[1] == 104 and rows[:, 97:].isnan().all() for rows in buffers)
+    assert all(rows.shape[1] == 112 and rows[:, 97:].isnan().all() for rows in buffers)
+
+
+def rows_by_torch(logits, target, bias, temperature, softcap, eos_id, grad, grad_eos):
+    """(logp, eos_logp, d/dlogits of sum grad logp + grad_eos eos_logp), float64."""
+    leaf = logits.double().requires_grad_()
+    z = leaf + bias.double()
+    logp = torch.log_softmax(softcap * torch.tanh(z / softcap) / temperature, 1)
+    own, eos = logp.gather(1, target[:, None])[:, 0], logp[:, eos_id]
+    (grad.double() * own + grad_eos.double() * eos).sum().backward()
+    return own.detach(), eos.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 97, 4095, 4096, 4097, 8192, 12_300])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_targets_and_eos_in_the_first_a_later_and_the_last_block_of_a_row(num_tokens, everything, dtype):
+    """A block has 4096 numbers. The rows are padded with NaN, which nobody may read or write."""
+    from ampo_fast.kernels.row_pass import row_gradient_, row_logprob
+
+    places = sorted({0, 1, 4095, 4096, num_tokens // 2, num_tokens - 2, num_tokens - 1} & set(range(num_tokens)))
+    target = torch.tensor(places, device=DEVICE)
+    generator = torch.Generator().manual_seed(num_tokens)
+    random = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)  # noqa: E731
+    values = (4 * random(len(places), num_tokens)).to(dtype)
+    grad, grad_eos, bias = random(len(places)), random(len(places)), random(num_tokens).to(dtype)
+    for eos_id in places if everything else [None]:
+        temperature, softcap = (0.8, 20.0) if everything else (1.0, None)
+        options = (bias if everything else None, temperature, softcap, eos_id)
+        padded = torch.full((len(places), num_tokens + 19), torch.nan, dtype=dtype, device=DEVICE)
+        logits = padded[:, :num_tokens].copy_(values)
+        logp, eos_logp, sums = row_logprob(logits, target, *options)
+        row_gradient_(logits, target, sums, grad, grad_eos if everything else None, *options)
+        if everything:
+            want = rows_by_torch(values, target, bias, temperature, softcap, eos_id, grad, grad_eos)
+            torch.testing.assert_close(eos_logp.double(), want[1], rtol=2e-6, atol=2e-6)
+        else:
+            want = rows_by_torch(values, target, torch.zeros_like(bias), 1.0, 1e9, 0, grad, torch.zeros_like(grad))
+        torch.testing.assert_close(logp.double(), want[0], rtol=2e-6, atol=2e-6)
+        digit = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        torch.testing.assert_close(logits.double(), want[2], rtol=digit, atol=max(2e-6, digit * 1e-3))
+        assert padded[:, num_tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_the_gradient_keeps_its_digits_far_from_zero(shift):
+    """exp(z - lse) with lse in float32 would have three of them at 1e4."""
+    from ampo_fast.kernels.row_pass import row_gradient_, row_logprob
+
+    logits = shift + torch.arange(5000, device=DEVICE).remainder(8)[None].repeat(2, 1).float()
+    target, ones, options = (
+        torch.tensor([7, 4999], device=DEVICE),
+        torch.ones(2, device=DEVICE),
+        (None, 1.0, None, None),
+    )
+    want = torch.zeros_like(logits, dtype=torch.float64).scatter_(1, target[:, None], 1.0)
+    want -= torch.softmax(logits.double(), 1)
+    sums = row_logprob(logits, target, *options)[2]
+    torch.testing.assert_close(
+        row_gradient_(logits, target, sums, ones, None, *options).double(), want, rtol=2e-6, atol=0
+    )
+
+
+def test_a_target_that_is_not_in_the_vocabulary_leaves_the_eos_log_prob_as_it_is():
+    from ampo_fast.kernels.row_pass import row_logprob
+
+    logits, target = torch.zeros(2, 100, device=DEVICE) - 50.0, torch.tensor([-100, 2**32 + 3], device=DEVICE)
+    logp, eos_logp, _ = row_logprob(logits, target, None, 1.0, None, 3)
+    assert logp.isnan().all()
+    torch.testing.assert_close(eos_logp.exp(), torch.full_like(logp, 0.01))
+
+
+def test_a_sure_target_keeps_the_digits_of_its_log_prob():
+    """log(1 + 1e-6) in float32 has one digit."""
+    from ampo_fast.kernels.row_pass import row_logprob
+
+    logits = torch.zeros(1, 5000, device=DEVICE)
+    logits[0, 4999] = 22.3
+    logp = row_logprob(logits, torch.tensor([4999], device=DEVICE), None, 1.0, None, None)[0]
+    torch.testing.assert_close(logp.double(), torch.log_softmax(logits.double(), 1)[:, 4999], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("column", [3, 40, 4999])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_logit_without_a_value_makes_the_rows_log_probs_nan(column, value):
+    from ampo_fast.kernels.row_pass import row_logprob
+
+    logits = torch.zeros(2, 5000, device=DEVICE)
+    logits[1, column] = value
+    logp, eos_logp, _ = row_logprob(logits, torch.tensor([3, 3], device=DEVICE), None, 1.0, None, 7)
+    for found in (logp, eos_logp):
+        assert found.isnan().tolist() == [False, True]
+
+
+def test_a_whole_block_of_minus_infinity_has_no_weight_and_does_no_harm():
+    from ampo_fast.kernels.row_pass import row_gradient_, row_logprob
+
+    logits = torch.zeros(1, 9000, device=DEVICE)
+    logits[:, :8200] = -torch.inf
+    target, options = torch.tensor([8500], device=DEVICE), (None, 1.0, None, None)
+    logp, _, sums = row_logprob(logits, target, *options)
+    torch.testing.assert_close(logp.exp(), torch.tensor([1 / 800], device=DEVICE))
+    gradient = row_gradient_(logits, target, sums, torch.ones(1, device=DEVICE), None, *options)
+    assert (gradient[:, :8200] == 0).all()
+    torch.testing.assert_close(gradient[0, 8500], torch.tensor(799 / 800, device=DEVICE))
 
 
 def strided(vector):
@@ -412,12 +516,17 @@ def test_every_kernel_compiles_without_spills_and_uses_tensor_cores_for_its_dots
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 11
+    assert len(kernels) == 22
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["local"] == 0, kernel
     core = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    assert [k["tensor_cores"] for k in kernels if k["kernel"].startswith("forward_bf16")] == [core] * 2
+    dots = [k for k in kernels if k["kernel"].startswith("forward_bf16") and k["kernel"].endswith("split_kernel")]
+    assert [k["tensor_cores"] for k in dots] == [core] * 3
+    rows = {k["kernel"]: (k["load_bits"], k["store_bits"]) for k in kernels if k["kernel"].startswith("rows_")}
+    assert len(rows) == 8
+    for name, widths in rows.items():  # rows of 50257 numbers too: their stride is a multiple of 16
+        assert widths == (128, 128 if "gradient" in name else 32), name
 
 
 @pytest.mark.parametrize(
@@ -450,7 +559,7 @@ def test_a_target_outside_the_vocabulary_is_a_nan_log_prob_and_no_other_row_chan
     rest = torch.arange(7, device=DEVICE) != 3
     for logp in (
         forward_logprob(hidden, weight, broken, bias, 1.0, None, None)[0],
-        row_logprob(hidden @ weight.T, broken, bias, 1.0, None, None)[1],
+        row_logprob(hidden @ weight.T, broken, bias, 1.0, None, None)[0],
     ):
         assert logp[3].isnan()
         torch.testing.assert_close(logp[rest], good[rest], rtol=1e-5, atol=1e-5)
@@ -465,7 +574,7 @@ def test_nan_logits_are_nan_log_probs():
     hidden[2] = float("nan")
     for logp, eos in (
         forward_logprob(hidden, weight, target, bias, 1.0, None, 3),
-        row_logprob(hidden @ weight.T, target, bias, 1.0, None, 3)[1::2],
+        row_logprob(hidden @ weight.T, target, bias, 1.0, None, 3)[:2],
     ):
         assert logp.isnan().tolist() == eos.isnan().tolist() == [row == 2 for row in range(7)]
 

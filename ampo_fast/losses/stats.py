@@ -221,8 +221,8 @@ def segment_sum(values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values_R: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        ctx.offsets = offsets
         device_offsets = on_device(offsets, values_R.device)
+        ctx.offsets, ctx.num_rows = device_offsets, values_R.shape[0]
         if resolve_impl("segment_sum", "auto", values_R) == "triton":
             from ampo_fast.kernels.segment_sum import segment_sum as triton_sum
 
@@ -231,9 +231,9 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_M: torch.Tensor):
-        length_M = ctx.offsets.diff()
-        spread = on_device(torch.repeat_interleave(length_M), grad_M.device)
-        return grad_M[spread], None
+        # Spread on the device and to a length that the host knows: a copy of an index per row, or a question how many there
+        # are, would wait for all that is queued.
+        return torch.repeat_interleave(grad_M, ctx.offsets.diff(), output_size=ctx.num_rows), None
 
 
 def mean_output(per_group_B: torch.Tensor, **metrics: torch.Tensor) -> LossOutput:
