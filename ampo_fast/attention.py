@@ -46,6 +46,8 @@ class SegmentPlan:
     piece_lengths: tuple[int, ...]
     """Lengths of [prompt, y1, y2, ...] of all groups, in packed order; zero-length responses included."""
     responses_per_group: tuple[int, ...]
+    windows: set[int | None] = field(default_factory=set)
+    """What the layers that ran gave as their sliding window."""
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _varlen: dict[torch.device, VarlenPlan] = field(default_factory=dict)
     _flex: dict[torch.device, FlexPlan] = field(default_factory=dict)
@@ -91,12 +93,13 @@ def segment_attention(
     segments: SegmentPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature; query [1, H, T, A], key and value [1, K, T, A] -> [1, T, H, A].
+    """transformers' attention signature; query [1, H, T, A], key and value [1, K, T, A] -> [1, T, H, A], contiguous.
 
     Raises ValueError without `segments`, and for a keyword that it does not honour: a wrong result would be silent.
     """
     refused = [name for name, value_ in kwargs.items() if value_ is not None and name not in _HARMLESS]
     refused += ["dropout"] * bool(dropout) + ["is_causal = False"] * (kwargs.get("is_causal") is False)
+    refused += ["a mask of the model's own"] * (attention_mask is not None)
     if refused or segments is None:
         raise ValueError(
             f"shared-prefix attention does not honour {', '.join(refused) or 'a call without segments'}; "
@@ -104,11 +107,14 @@ def segment_attention(
         )
     options = {"scale": scaling if scaling is not None else query.shape[-1] ** -0.5, "softcap": softcap}
     options["sliding_window"] = sliding_window
+    segments.windows.add(sliding_window)
+    attend = _by_pieces
     if attention_varlen.can_run(query, softcap):
-        return _by_kernel(query, key, value, segments, **options), None
-    if attention_flex.can_run(query, softcap):
-        return _by_flex(query, key, value, segments, **options), None
-    return _by_pieces(query, key, value, segments, **options), None
+        attend = _by_kernel
+    elif attention_flex.can_run(query, softcap):
+        attend = _by_flex
+    # Contiguous, as transformers' own: some models take a view of it.
+    return attend(query, key, value, segments, **options).contiguous(), None
 
 
 def _by_kernel(query, key, value, segments: SegmentPlan, **options: Any) -> torch.Tensor:
@@ -157,7 +163,7 @@ def _by_pieces(
             each = attended.split(1)
             out += [rows[:, :, : segments.piece_lengths[j]] for rows, j in zip(each, batch, strict=True)]
         i += 1 + num_responses
-    return torch.cat(out, dim=2).transpose(1, 2)
+    return torch.cat([rows.transpose(1, 2) for rows in out], dim=1)
 
 
 def _batches(lengths: dict[int, int]) -> list[list[int]]:

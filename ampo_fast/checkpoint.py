@@ -298,14 +298,15 @@ def prune_checkpoints(root: Path, config: CheckpointConfig) -> None:
 
 def require_disk(run_dir: Path, policy: Policy, config: Config) -> None:
     """Raises ValueError at the start of a run whose checkpoints and exports cannot fit: trained parameters and two moments
-    in float32, keep_last + 1 times, and two exports of all; with a reference that moves, its weights as often.
+    in float32, keep_last + 1 times, and two exports of all; with a reference that moves, its weights once more than those.
 
     What such files of an earlier start hold counts as free: they are what the new ones replace.
     """
     parameters = 4 * sum(parameter.numel() for parameter in policy.parameters())
     trained = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     keep_last = config.checkpoint.keep_last
-    needed = (3 * trained + parameters * (config.reference.every > 0)) * (keep_last + 1) + 2 * parameters
+    moving = parameters * (keep_last + 2) if config.reference.every else 0
+    needed = 3 * trained * (keep_last + 1) + moving + 2 * parameters
     replaced = [path for _, path in checkpoint_dirs(run_dir / "checkpoints")[-keep_last:]]
     replaced += [run_dir / "best", run_dir / "final", run_dir / "reference"]
     needed -= sum(file.stat().st_size for folder in replaced for file in folder.rglob("*.safetensors"))

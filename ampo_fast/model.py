@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ampo_fast import attention, distributed, liger, lora, unshared
+from ampo_fast import attention, distributed, liger, lora, model_limits, unshared
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.fused import fused_linear_group_loss
@@ -145,17 +146,31 @@ class Policy(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
+    @property
+    def rope_limit(self) -> tuple[str, int] | None:
+        """(rope type, tokens) up to which a sequence leaves those beside it as they are; None: any length."""
+        return model_limits.rope_limit(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        return model_limits.context_length(self.model)
+
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Applies the chat template once, with the generation prompt.
 
         The template writes its own BOS, so the tokenizer adds no special tokens: a doubled BOS cannot arise.
         """
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template of model.path takes no turns of {roles}: {error}") from error
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_response(self, content: str) -> tuple[int, ...]:
-        """Token ids of a given response, closed by the end-of-turn token."""
-        return (*self.tokenizer(content, add_special_tokens=False)["input_ids"], self.stop_ids[0])
+        """Token ids of a given response, closed by the end-of-turn token, which its text may bring already."""
+        ids = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+        return tuple(ids) if ids and ids[-1] in self.stop_ids else (*ids, self.stop_ids[0])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -178,8 +193,8 @@ class Policy(nn.Module):
                 hidden_RD = unshared.hidden_rows(self.model, batch, distributed.is_sharded(self))
         return hidden_RD.to(self.compute_dtype)
 
-    def _shared_hidden(self, batch: PackedBatch) -> torch.Tensor:
-        plan = attention.SegmentPlan.build(batch.segments)
+    def _shared_hidden(self, batch: PackedBatch, plan: attention.SegmentPlan | None = None) -> torch.Tensor:
+        plan = plan or attention.SegmentPlan.build(batch.segments)
         with attention_implementation(self.model, attention.NAME):
             return self.model.base_model(
                 input_ids=batch.token_T[None], position_ids=batch.position_T[None], segments=plan, use_cache=False
@@ -254,20 +269,29 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _why_sharing_differs(self) -> str | None:
-        """Runs two short groups both ways: whatever a model's layers do, their hidden states must agree."""
+        """Runs two short groups both ways: whatever a model's layers do, their hidden states must agree.
+
+        A sliding window is longer than they are: of it only this is known, whether attention was told.
+        """
         batch = _probe_batch(self.stop_ids[0], self.device)
         alone_RD = unshared.hidden_rows(self.model, batch, is_sharded=False, max_padded=1.0)
+        plan = attention.SegmentPlan.build(batch.segments)
         try:
-            shared_RD = self._shared_hidden(batch)[batch.row_R]
-        except (ValueError, TypeError) as error:
+            shared_RD = self._shared_hidden(batch, plan)[batch.row_R]
+        except (ValueError, TypeError, RuntimeError) as error:
             return str(error)
         worst = (alone_RD - shared_RD).abs().max() / alone_RD.abs().max()
         # Parameters are float32 here, where rounding alone stays below 1e-4.
-        return None if worst < 1e-3 else f"its hidden states differ by {worst:.1e} when a prompt is shared"
+        if not worst < 1e-3:
+            return f"its hidden states differ by {worst:.1e} when a prompt is shared"
+        return model_limits.why_window_is_lost(self.model, plan.windows)
 
     @torch.no_grad()
     def _check_head(self) -> None:
         """Refuses a model whose logits are not softcap(hidden W^T + b): our log-probs would be of another model."""
+        name = type(self.model).__name__
+        if self.model.base_model is self.model:
+            raise ValueError(f"model.path: {name} does not tell its layers from its head; choose another model")
         ids = torch.tensor([[self.stop_ids[0], *range(3)]], device=self.device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         ours = nn.functional.linear(hidden, self.head.weight, self.head.bias)
@@ -275,7 +299,7 @@ class Policy(nn.Module):
             ours = self.softcap * torch.tanh(ours / self.softcap)
         theirs = self.model(input_ids=ids, use_cache=False).logits
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{type(self.model).__name__} changes its logits after the head (scaling?); not supported")
+            raise ValueError(f"{name} changes its logits after the head (scaling?); not supported")
 
 
 def _probe_batch(token: int, device: torch.device) -> PackedBatch:

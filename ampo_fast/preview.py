@@ -32,8 +32,8 @@ def dry_run(config: Config) -> None:
     prompts = read_prompts(config, policy)
     make_loss(config, prompts.sampler.prompts)  # only for what it refuses
     _print_lengths(prompts.read, policy, config, console)
-    started = time.perf_counter()
     engine = make_engine(config, policy)
+    started = time.perf_counter()
     groups = engine.generate(
         prompts.sampler.prompts[:_NUM_GROUPS], config.rollout.n, config.rollout.sampling(config.run.seed)
     )

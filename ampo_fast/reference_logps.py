@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ampo_fast import distributed
+from ampo_fast.checkpoint import checkpoint_dirs
 from ampo_fast.config import Config
 from ampo_fast.files import save_tensors
 from ampo_fast.jsonl import drop_torn_line, dump_line, read_jsonl
@@ -123,13 +124,17 @@ class ReferenceLogps:
             own.lerp_(new, 1.0 - config.decay)
 
     def save(self, step: int) -> None:
-        """The weights at `step`, whole or not at all; older ones go as the checkpoints do, one step later."""
+        """The weights at `step`, whole or not at all, before its checkpoint; those that no checkpoint needs any more go."""
         if not self.moves:
             return
         self.folder.mkdir(exist_ok=True)
         save_tensors(self._weights(step), {name: p.detach() for name, p in self.model.named_parameters()})
-        for path in sorted(self.folder.glob("step_*.safetensors"))[: -self.config.checkpoint.keep_last - 1]:
-            path.unlink()
+        saved = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob("step_*.safetensors")}
+        # The checkpoint saved before this one may still be in flight: not complete yet, and the next to be resumed from.
+        before = max((other for other in saved if other < step), default=step)
+        complete = {other for other, _ in checkpoint_dirs(self.folder.parent / "checkpoints")}
+        for other in saved.keys() - complete - {before, step}:
+            saved[other].unlink()
 
     @torch.no_grad()
     def restore(self, step: int) -> None:

@@ -36,7 +36,7 @@ def read_prompts(config: Config, policy: Policy) -> RunPrompts:
 
     Raises ValueError for whatever in them, or in how many and how long they are, a run could not train on.
     """
-    read = _load(config.data.train, "data.train", needs_responses=config.rollout.engine == "data")
+    read = _load(config.data.train, "data.train", config, needs_responses=config.rollout.engine == "data")
     train = admit_prompts(read, policy, config, "data.train")
     count = config.data.active_pairs
     if count:
@@ -57,17 +57,18 @@ def _held_out(config: Config, policy: Policy) -> list[Prompt]:
         raise ValueError(
             f"data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is {config.reward.kind!r})"
         )
-    return admit_prompts(_load(source, "data.eval"), policy, config, "data.eval")[: config.eval.prompts]
+    return admit_prompts(_load(source, "data.eval", config), policy, config, "data.eval")[: config.eval.prompts]
 
 
-def _load(source: str, field: str, needs_responses: bool = False) -> list[Prompt]:
-    return settle_disagreements(load_prompts(source, needs_responses=needs_responses, field=field), "scores", field)
+def _load(source: str, field: str, config: Config, needs_responses: bool = False) -> list[Prompt]:
+    prompts = load_prompts(source, needs_responses=needs_responses, field=field)
+    return settle_disagreements(prompts, config.data.disagreement, field)
 
 
 def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> list[Prompt]:
     """Leaves out prompts longer than data.max_prompt_tokens, counts them, and raises when they are too many."""
     limit = config.data.max_prompt_tokens
-    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
+    lengths = [_prompt_length(prompt, policy, field) for prompt in prompts]
     kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
     num_long = len(prompts) - len(kept)
     long = [prompt.where or prompt.id for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
@@ -83,7 +84,31 @@ def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, fie
         log.warning(
             "%s: left out %d of %d prompts longer than %d tokens: %s", field, num_long, len(prompts), limit, named
         )
+    _check_longest(max(length for length in lengths if length <= limit), policy, config, field)
     return kept
+
+
+def _prompt_length(prompt: Prompt, policy: Policy, field: str) -> int:
+    try:
+        return len(policy.encode_prompt(prompt.messages))
+    except ValueError as error:
+        raise ValueError(f"{field}, {prompt.where or prompt.id}: {error}") from error
+
+
+def _check_longest(longest: int, policy: Policy, config: Config, field: str) -> None:
+    """Of a rope that changes with the length one long sequence would change the log-probs of all that run beside it."""
+    new, way_out = config.rollout.max_new_tokens, "lower data.max_prompt_tokens or rollout.max_new_tokens"
+    needed = f"the longest prompt of {field} ({longest} tokens) and rollout.max_new_tokens = {new}"
+    limit, context = policy.rope_limit, policy.context_length
+    if limit and longest + new > limit[1]:
+        raise ValueError(
+            f"model.path = {config.model.path!r}: a sequence over {limit[1]} tokens changes the frequencies of its rope (type "
+            f"{limit[0]}) for all that run beside it; {needed} pass that; {way_out}"
+        )
+    if context and longest + new > context:
+        raise ValueError(
+            f"model.path = {config.model.path!r} was made for {context} positions; {needed} pass that; {way_out}"
+        )
 
 
 def longest_prompt(prompts: Sequence[Prompt], policy: Policy, config: Config) -> int:

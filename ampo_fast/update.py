@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -37,6 +38,9 @@ from ampo_fast.step_metrics import (
 )
 from ampo_fast.types import PackedBatch, Prompt, SelectedGroup
 from ampo_fast.utilisation import utilisation
+from ampo_fast.vllm.canary import NOTABLE_GAP, default_tolerance
+
+log = logging.getLogger(__name__)
 
 
 def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
@@ -66,6 +70,7 @@ class Updater:
         if self.loss_fn.uses_reference:
             self.reference = ReferenceLogps(config, policy, prompts, by_token=self.loss_fn.needs_reference_rows)
         self.eos_id = policy.stop_ids[0] if self.loss_fn.needs_eos else None
+        self.has_warned = False
         self.guard = NonfiniteGuard("Lower optim.lr or loss.params.beta, and look at the rewards in rollouts/")
 
     @property
@@ -116,7 +121,23 @@ class Updater:
         groups = [group for part in distributed.all_gather(mine) for group in part]
         if is_comparable:
             metrics |= logp_difference(groups, is_fresh(trained, step))
+            self._warn_of_mismatch(metrics, step)
         return metrics | policy_metrics(groups)
+
+    def _warn_of_mismatch(self, metrics: dict[str, float], step: int) -> None:
+        """Once: the engine of "transformers" has no other check of what it samples from than two tokens at its start."""
+        name = "sampling/sampling_logp_difference/mean"
+        dtype = self.config.rollout.options.get("dtype") or self.config.model.dtype
+        allowed = max(NOTABLE_GAP, default_tolerance(self.policy, dtype))
+        if self.has_warned or metrics.get(name, 0.0) <= allowed:
+            return
+        self.has_warned = True
+        if distributed.is_main():
+            log.warning(
+                "step %d: %s is %.3g nats a token, over %g: the engine samples from another distribution than the one that is "
+                'trained; compare with model.attention = "unshared", and with another rollout.engine',
+                step + 1, name, metrics[name], allowed,
+            )  # fmt: skip
 
     def preflight(self, longest_prompt: int) -> int:
         """Forward and backward of the longest micro-batch that a run can meet, without a step; returns its tokens.

@@ -126,8 +126,30 @@ def test_an_unknown_keyword_is_refused_by_name():
             attention.segment_attention(module, q, q, q, None, segments=plan, **keyword)
     with pytest.raises(ValueError, match="dropout"):
         attention.segment_attention(module, q, q, q, None, dropout=0.1, segments=plan)
+    with pytest.raises(ValueError, match="a mask of the model's own"):
+        attention.segment_attention(module, q, q, q, torch.zeros(1, 1, 3, 3), segments=plan)
     with pytest.raises(ValueError, match="without segments"):
         attention.segment_attention(module, q, q, q, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [(1,), (4, 2, 2), (3, 0, 1, 9)])
+def test_the_output_is_contiguous_for_models_that_take_a_view_of_it(lengths, softcap):
+    plan = attention.SegmentPlan.build([Segment(start=0, prompt_length=lengths[0], response_lengths=lengths[1:])])
+    # As projections make them: heads are the inner dimension in memory.
+    query, key, value = (torch.randn(1, sum(lengths), heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+    out, _ = attention.segment_attention(torch.nn.Identity(), query, key, value, None, softcap=softcap, segments=plan)
+    assert out.shape == (1, sum(lengths), 4, 8)
+    assert out.is_contiguous()
+
+
+def test_what_a_models_own_code_cannot_do_is_a_reason_to_train_unshared(directories, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("view size is not compatible")
+
+    monkeypatch.setattr(attention, "_by_pieces", fail)
+    assert not Policy.load(ModelConfig(path=str(directories["llama"]))).is_shared
+    assert "view size is not compatible" in caplog.text
 
 
 def test_a_model_whose_states_change_when_a_prompt_is_shared_is_trained_unshared(directories, monkeypatch, caplog):

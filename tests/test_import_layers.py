@@ -16,7 +16,7 @@ LEVELS = [
     {"validation", "compiled", "reference", "selection_reference"},
     {"distributed"},
     {"losses", "head", "logprobs", "fused", "selection", "distances", "data_formats"},
-    {"data", "attention", "attention_flex", "attention_varlen", "lora", "liger", "model", "model_files",
+    {"data", "attention", "attention_flex", "attention_varlen", "lora", "liger", "model", "model_files", "model_limits",
      "led_policy", "named_weights", "export", "unshared", "packing", "embeddings", "rewards", "select", "pareto", "sampler",
      "optimizer", "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
      "evaluation", "run_dir", "model_card", "stop_signals",

@@ -1,8 +1,10 @@
 """The policy, its shared-prefix attention, and packing: shared = unshared = one response at a time."""
 
+import shutil
+
 import pytest
 import torch
-from builders import group
+from builders import config, group
 from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
@@ -10,6 +12,8 @@ from ampo_fast.evaluation import response_logp
 from ampo_fast.losses import AMPO
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses, packed_length
+from ampo_fast.sampler import admit_prompts
+from ampo_fast.types import Prompt
 
 RAGGED = [
     group(["a", "b", "c"], 0, (0, 3, 10, 11, 12), lengths=[1, 7, 4]),
@@ -122,3 +126,36 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
     directory = make_tiny_model(tmp_path / "m", "granite", logits_scaling=2.0)
     with pytest.raises(ValueError, match="GraniteForCausalLM changes its logits after the head"):
         Policy.load(ModelConfig(path=str(directory)))
+
+
+def test_a_model_whose_layers_cannot_be_told_from_its_head_is_refused_by_name(tmp_path):
+    settings = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64}
+    directory = make_tiny_model(tmp_path / "m", "llama4_text", **settings)
+    with pytest.raises(ValueError, match=r"model\.path: Llama4ForCausalLM does not tell its layers from its head"):
+        Policy.load(ModelConfig(path=str(directory)))
+
+
+def test_a_response_that_ends_by_itself_is_closed_once(tiny_policy):
+    (stop, *_) = tiny_policy.stop_ids
+    closed = tiny_policy.encode_response("yes")
+    assert closed[-1] == stop != closed[-2]
+    assert tiny_policy.encode_response("yes" + tiny_policy.tokenizer.decode([stop])) == closed
+
+
+def test_turns_that_the_template_refuses_are_named(tiny_policy, monkeypatch):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    monkeypatch.setattr(tiny_policy.tokenizer, "chat_template", template)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    with pytest.raises(ValueError, match=r"takes no turns of system, user: System role not supported"):
+        tiny_policy.encode_prompt(turns)
+    prompt = Prompt(id="7", messages=tuple(turns), where="x.jsonl:3")
+    with pytest.raises(ValueError, match=r"^data\.train, x\.jsonl:3: the chat template"):
+        admit_prompts([prompt], tiny_policy, config(), "data.train")
+
+
+def test_a_weight_file_that_was_copied_in_part_is_named(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "half")
+    whole = (tmp_path / "half/model.safetensors").read_bytes()
+    (tmp_path / "half/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.path = '.*half' cannot be loaded as a causal LM"):
+        Policy.load(ModelConfig(path=str(tmp_path / "half")))

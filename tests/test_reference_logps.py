@@ -176,15 +176,38 @@ def test_its_weights_come_back_and_missing_ones_are_named(tiny_model, tmp_path):
         references.model.head.weight += 0.1
     for step in range(1, 6):
         references.save(step)
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "checkpoints/step_000001")
+    references.save(6)
     again = moving(tiny_model, every=1, decay=0.5)
     again.keep_in(tmp_path)
     again.restore(5)
     pairs = zip(references.model.parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert len(list((tmp_path / "reference").iterdir())) == 3
+    assert len(list((tmp_path / "reference").iterdir())) == 5
     assert not of_other_modes(tmp_path / "reference")
     with pytest.raises(ValueError, match=r"step_000001\.safetensors is missing"):
         again.restore(1)
+
+
+def test_each_checkpoint_and_the_one_in_flight_keep_their_reference(tiny_model, tmp_path):
+    """checkpoint.asynchronous with keep_last 1 and keep_every 4: step 4 is kept for good, 6 complete, 8 not yet, 10 new."""
+    references = moving(tiny_model, every=1)
+    references.keep_in(tmp_path)
+    for step in (2, 4, 6):
+        references.save(step)
+    for step in (4, 6):
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+    references.save(8)
+    (tmp_path / "checkpoints/step_000008.partial").mkdir()
+    references.save(10)
+    assert kept_steps(tmp_path) == [4, 6, 8, 10]
+    references.save(9)  # as after a resume: what follows it is of no checkpoint
+    assert kept_steps(tmp_path) == [4, 6, 8, 9]
+
+
+def kept_steps(run_dir):
+    return sorted(int(path.stem.removeprefix("step_")) for path in (run_dir / "reference").iterdir())
 
 
 @pytest.mark.parametrize(("loss", "reference"), [("DPO", {}), ("DPO", {"every": 1, "decay": 0.5}), ("BMC", {})])

@@ -7,7 +7,7 @@ from ampo_fast import distributed
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, TransformersEngine, decoding, generation_batches, sample_tokens
+from ampo_fast.rollouts import DataEngine, TransformersEngine, decoding, engines, generation_batches, sample_tokens
 from ampo_fast.types import GivenResponse, Prompt, Sampling
 from ampo_fast.weight_sync import push_weights
 
@@ -155,10 +155,15 @@ def test_too_many_candidates_for_the_memory_name_the_field(tiny_policy, monkeypa
 def test_given_responses_are_tokenised_once_and_cut_ones_have_no_eos(tiny_policy):
     given = Prompt(
         id="g", messages=PROMPTS[0].messages,
-        responses=(GivenResponse(content="ok", reward=1.0), GivenResponse(content="x" * 50, reward=0.0)),
+        responses=(
+            GivenResponse(content="ok", reward=1.0),
+            GivenResponse(content="x" * 50, reward=0.0),
+            GivenResponse(content="ok", reward=1.0, finish_reason="length"),
+        ),
     )  # fmt: skip
     (made,) = DataEngine(tiny_policy).generate([given], 8, Sampling(max_new_tokens=10))
-    short, long = made.candidates
+    short, long, cut = made.candidates
+    assert (cut.finish_reason, cut.token_ids) == ("length", short.token_ids[:-1])
     assert short.finish_reason == "stop"
     assert short.token_ids[-1] in tiny_policy.stop_ids
     assert long.finish_reason == "length"
@@ -181,3 +186,82 @@ def test_a_replica_takes_the_weights_it_is_sent(tiny_model):
         assert torch.equal(a.bfloat16(), b), name
     assert replica.head.weight is replica.model.get_input_embeddings().weight  # still tied
     assert engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4))[0].candidates[0].version == 5
+
+
+# --- whether the model can be decoded here ----------------------------------------------------------------------------
+
+
+def engine_config(directory, dtype="float32", **rollout):
+    sections = {"reward": {"kind": "data"}, "select": {"k": 1}} if rollout.get("engine") == "data" else {}
+    return config(model={"path": str(directory), "dtype": dtype}, rollout=rollout, **sections)
+
+
+CANNOT = {
+    "mamba": {"state_size": 4},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", CANNOT)
+def test_a_model_that_cannot_be_decoded_is_refused_as_the_engine_is_made(tmp_path, kind):
+    settings = engine_config(make_tiny_model(tmp_path / "m", kind, **CANNOT[kind]))
+    policy = Policy.load(settings.model)
+    said = rf'rollout\.engine = "transformers" cannot decode a {type(policy.model).__name__}.*"vllm-server" or "data"'
+    with pytest.raises(ValueError, match=said):
+        engines.make_engine(settings, policy)
+    offline = engine_config(settings.model.path, engine="data")
+    assert isinstance(engines.make_engine(offline, policy), DataEngine)
+    segments = engine_config(settings.model.path, engine="data", segment_tokens=4)
+    with pytest.raises(ValueError, match=r"rollout\.segment_tokens = 4 cannot decode .*set it to 0"):
+        engines.make_engine(segments, policy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mistake", ["padding", "positions", "nan"])
+def test_decoding_that_says_something_else_is_refused(tiny_model, monkeypatch, mistake, dtype):
+    settings = engine_config(tiny_model, dtype)
+    policy = Policy.load(settings.model)
+    assert isinstance(engines.make_engine(settings, policy), TransformersEngine)
+    if mistake == "padding":
+        monkeypatch.setattr(decoding, "_layer_masks", lambda *args: None)
+    elif mistake == "positions":
+        advance = decoding._Decoding.advance
+
+        def shifted(state, token_A):
+            state.position_A = state.position_A + 1
+            advance(state, token_A)
+
+        monkeypatch.setattr(decoding._Decoding, "advance", shifted)
+    else:
+        with torch.no_grad():
+            policy.head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"cannot decode a LlamaForCausalLM.*nats from those of a plain forward"):
+        engines.make_engine(settings, policy)
+
+
+def test_a_replica_in_half_precision_is_checked_as_it_runs(tiny_model, monkeypatch):
+    settings, ran = engine_config(tiny_model, "bfloat16"), []
+    replica = Policy.load_replica(settings.model)
+    forward = decoding._Decoding._forward
+    monkeypatch.setattr(
+        decoding._Decoding, "_forward", lambda *a: ran.append(torch.is_autocast_enabled("cpu")) or forward(*a)
+    )
+    assert isinstance(engines.make_engine(settings, replica), TransformersEngine)
+    assert ran == [True, True]
+
+
+def test_the_check_draws_no_random_number_and_leaves_out_of_memory_alone(tiny_policy, tiny_model, monkeypatch):
+    before = torch.random.get_rng_state()
+    made = engines.make_engine(engine_config(tiny_model), tiny_policy)
+    assert torch.equal(before, torch.random.get_rng_state())
+    direct = TransformersEngine(tiny_policy, made.batch_rows)
+    sampling = Sampling(max_new_tokens=8)
+    assert made.generate(PROMPTS, 2, sampling) == direct.generate(PROMPTS, 2, sampling)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoding._Decoding, "advance", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.why_it_cannot_decode()

@@ -3,7 +3,10 @@ from dataclasses import replace
 
 import pytest
 from builders import config, prompt
+from conftest import make_tiny_model
 
+from ampo_fast.config import ModelConfig
+from ampo_fast.model import Policy
 from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt, read_prompts
 
 
@@ -50,6 +53,26 @@ def test_a_budget_below_the_longest_prompt_and_one_response_is_named(tiny_policy
         longest_prompt(prompts, tiny_policy, tight)
 
 
+@pytest.mark.parametrize("engine", ["transformers", "data"])
+def test_prompts_and_answers_that_could_pass_the_limit_of_the_rope_are_refused(tmp_path, engine):
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    directory = make_tiny_model(tmp_path / "m", rope_parameters=rope, max_position_embeddings=64)
+    policy = Policy.load(ModelConfig(path=str(directory)))
+    prompts = [prompt(0, "x" * 10), prompt(1, "x" * 20), prompt(2, "x" * 60)]
+    longest = len(policy.encode_prompt(prompts[1].messages))
+
+    def admit(new, field="data.train"):
+        sections = {"rollout": {"max_new_tokens": new, "engine": engine}, "model": {"path": str(directory)}}
+        sections |= {"reward": {"kind": "data"}} if engine == "data" else {}
+        data = {"max_prompt_tokens": longest, "max_overlong_share": 0.5}  # the last one is left out, and does not count
+        return admit_prompts(prompts, policy, config(data=data, **sections), field)
+
+    assert admit(64 - longest) == prompts[:2]
+    said = rf"model\.path = .*/m.*: a sequence over 64 tokens .*dynamic.*data\.eval \({longest} tokens\).*lower data\.max_prompt"
+    with pytest.raises(ValueError, match=said):
+        admit(65 - longest, "data.eval")
+
+
 # --- all of a run's prompts -------------------------------------------------------------------------------------------
 
 
@@ -94,6 +117,10 @@ def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp
             r"data\.train: no prompt .*max_prompt_tokens = 2",
         ),
         ({"data": {"eval": "nowhere.jsonl"}}, r"nowhere\.jsonl"),
+        (
+            {"rollout": {"max_new_tokens": 100_000}, "optim": {"micro_batch_tokens": 200_000}},
+            r"was made for \d+ positions; the longest prompt of data\.train .*lower data\.max_prompt_tokens or rollout",
+        ),
     ],
 )
 def test_prompts_that_a_run_cannot_use_are_refused(tiny_policy, tmp_path, sections, message):

@@ -1,5 +1,6 @@
 """SAPO: which segment is cut, what the pair is made of, what is drawn again, and a run of it that is resumed."""
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -78,7 +79,7 @@ def test_it_is_a_pure_function_of_prompts_and_sampling(tiny_policy):
 
 def test_the_engine_of_the_config_writes_with_the_policy_unless_told_otherwise(tiny_policy):
     settings = config(rollout={"engine": "data", "segment_tokens": 4, "batch_rows": 3}, reward={"kind": "data"})
-    reference = object()
+    reference = copy.copy(tiny_policy)
     own, other = (make_engine(settings, tiny_policy, writer) for writer in (None, reference))
     assert (own.given.policy, own.writer.policy, own.writer.batch_rows, own.tokens) == (tiny_policy, tiny_policy, 3, 4)
     assert (other.given.policy, other.writer.policy) == (tiny_policy, reference)

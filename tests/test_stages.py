@@ -90,7 +90,7 @@ def use_policy(monkeypatch, policy):
 @pytest.fixture
 def fakes(monkeypatch):
     made = SimpleNamespace(engines=[], embedders=[], scored=[])
-    use_policy(monkeypatch, SimpleNamespace(encode_prompt=encode_prompt))
+    use_policy(monkeypatch, SimpleNamespace(encode_prompt=encode_prompt, rope_limit=None, context_length=None))
 
     def make_engine(config, policy):
         made.engines.append(FakeEngine())
@@ -215,7 +215,8 @@ def test_embedding_before_scoring_gives_the_same(tmp_path, pipeline):
 
 
 def test_offline_data_keeps_its_rewards_from_file_to_file(tmp_path, monkeypatch):
-    policy = SimpleNamespace(encode_prompt=encode_prompt, encode_response=lambda text: (*range(len(text)), 9))
+    encode = {"encode_prompt": encode_prompt, "encode_response": lambda text: (*range(len(text)), 9)}
+    policy = SimpleNamespace(**encode, rope_limit=None, context_length=None)
     use_policy(monkeypatch, policy)  # the engine and the reward are the real ones
     rewards = {"good": 7.0, "bad": -1.5, "?": None}
     scores = [{"help": 4.0, "humour": None}, {"help": 2.0}, {"help": 1.0}]

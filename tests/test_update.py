@@ -261,6 +261,38 @@ def test_steps_without_a_finite_loss_are_left_out_noted_and_end_the_run(tiny_mod
         updater.step([selected(0, [3, 4])], 2, progress, False)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "dtype", "gap", "warns"),
+    [
+        ({}, "float32", 0.04, False),
+        ({}, "float32", 0.06, True),
+        ({}, "bfloat16", 0.14, False),
+        ({}, "bfloat16", 0.16, True),
+        ({"engine": "vllm", "options": {"dtype": "bfloat16"}}, "float32", 0.14, False),
+    ],
+)
+def test_an_engine_that_samples_from_another_distribution_is_named_once(tiny_model, caplog, rollout, dtype, gap, warns):
+    policy = Policy.load(ModelConfig(path=str(tiny_model), dtype=dtype))
+    updater = Updater(config(model={"path": str(tiny_model), "dtype": dtype}, rollout=rollout), policy)
+    name = "sampling/sampling_logp_difference/mean"
+    for step in range(2):
+        updater._warn_of_mismatch({name: gap}, step)
+        updater._warn_of_mismatch({"staleness/logp_difference/mean": 1.0}, step)
+    assert caplog.text.count(f"step 1: {name} is {gap} nats a token") == int(warns)
+    assert caplog.text.count("nats a token") == int(warns)
+
+
+def test_a_step_compares_fresh_answers_with_their_engine(tiny_model, caplog):
+    """These say log-prob -1 of every token, and version 0: of a model that is not the trainer's."""
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    updater = Updater(config(), policy)
+    updater.step([selected(0, [3, 9, 6])], 1, TrainingProgress(1), is_comparable=True)  # stale
+    updater.step([selected(0, [3, 9, 6])], 0, TrainingProgress(1), is_comparable=False)
+    assert "another distribution" not in caplog.text
+    updater.step([selected(0, [3, 9, 6])], 0, TrainingProgress(1), is_comparable=True)
+    assert caplog.text.count("another distribution") == 1
+
+
 def count_calls(policy):
     """Grows by one whenever the first block's MLP runs."""
     calls = []

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ampo_fast import unshared
 from ampo_fast.dispatch import on_device
 from ampo_fast.model import Policy
+from ampo_fast.packing import pack_responses
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.rollouts.batches import generation_batches
 from ampo_fast.rollouts.few_rows import fast_few_rows
@@ -20,6 +22,12 @@ from ampo_fast.rollouts.held_casts import held_casts
 from ampo_fast.rollouts.protocol import LocalEngine
 from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
+
+_CHECKED_LENGTHS = (9, 4)
+"""Tokens of the two prompts of a check: few, for its time, and of two lengths, so that one is padded."""
+_MAX_GAP, _MAX_GAP_HALF = 0.01, 0.3
+"""Nats: what a decoded token's log-probs may be off by, on average over the vocabulary, with parameters in float32 (where
+rounding makes 1e-5) and in half precision (a replica beside a sharded policy)."""
 
 
 class TransformersEngine(LocalEngine):
@@ -48,6 +56,45 @@ class TransformersEngine(LocalEngine):
             CandidateGroup(prompt=prompt, prompt_ids=ids, candidates=tuple(self._candidate(*row) for row in rows))
             for prompt, ids, rows in zip(prompts, encoded, completed, strict=True)
         ]
+
+    def why_it_cannot_decode(self) -> str | None:
+        """What is wrong with two tokens after two short prompts, against a plain forward; None: nothing.
+
+        Some layers know no keys and values that another writes, or let what pads a prompt into their state.
+        """
+        try:
+            gap = self._decoding_gap()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code meets there
+            return f"{type(error).__name__}: {error}"
+        allowed = _MAX_GAP if self._is_exact else _MAX_GAP_HALF
+        return None if gap <= allowed else f"its log-probs are {gap:.2g} nats from those of a plain forward"
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.policy.head.weight.dtype == torch.float32
+
+    @torch.no_grad()
+    def _decoding_gap(self) -> float:
+        """Mean |log-prob decoded - plain| over the vocabulary by the plain probabilities, of the worst token.
+
+        Of parameters in float32 without autocast, whose rounding would hide a small mistake.
+        """
+        policy = self.policy
+        prompt = Prompt(id="", messages=({"role": "user", "content": "What is the capital of France?"},))
+        whole = policy.encode_prompt(prompt.messages)
+        prompts, answer = [whole[-length:] for length in _CHECKED_LENGTHS], Candidate(content="", token_ids=whole[:2])
+        groups = [CandidateGroup(prompt=prompt, prompt_ids=ids, candidates=(answer,)) for ids in prompts]
+        batch = pack_responses(groups, [(0,)] * 2, policy.device)
+        with contextlib.nullcontext() if self._is_exact else policy.autocast():
+            state = _Decoding.prefill(policy, prompts, 1, 2)
+            first_AV = state.logits_AV
+            state.advance(on_device(torch.tensor(answer.token_ids[:1] * 2), policy.device))
+            hidden_RD = unshared.hidden_rows(policy.model, batch, is_sharded=False, max_padded=2.0)
+            plain_RV = _logits(policy, hidden_RD).log_softmax(-1)
+        decoded_RV = torch.stack((first_AV, state.logits_AV), dim=1).flatten(0, 1).log_softmax(-1)
+        return ((decoded_RV - plain_RV).abs() * plain_RV.exp()).sum(-1).max().item()
 
     @torch.no_grad()
     def complete(
@@ -180,9 +227,12 @@ class _Decoding:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        logits_AV = self.policy.head(hidden).float()
-        softcap = self.policy.softcap
-        self.logits_AV = softcap * torch.tanh(logits_AV / softcap) if softcap else logits_AV
+        self.logits_AV = _logits(self.policy, hidden)
+
+
+def _logits(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
+    logits = policy.head(hidden).float()
+    return policy.softcap * torch.tanh(logits / policy.softcap) if policy.softcap else logits
 
 
 def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Tensor) -> Any:
@@ -194,7 +244,7 @@ def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Te
     config = policy.model.config.get_text_config()
     visible = visible_ALP[:, None]
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None:
+    if not window:  # None, or 0 where it is switched off
         return _as_attention_takes(visible, config)
     near = torch.arange(visible.shape[-1], device=visible.device) > position_L[:, None] - window
     sliding = _as_attention_takes(visible & near, config)

@@ -25,15 +25,16 @@ def make_engine(config: Config, policy: Policy, writer: Policy | None = None) ->
 
     policy: of the weights that the engine is handed; whole on every rank where samples_here.
     writer: writes the segments of rollout.segment_tokens; default: the policy.
+    Raises ValueError where answers are to be written here and the model cannot be decoded here.
     """
     rollout = config.rollout
     if rollout.segment_tokens:
-        own = TransformersEngine(policy if writer is None else writer, rollout.batch_rows)
+        own = _own_engine(config, policy if writer is None else writer)
         return SegmentEngine(DataEngine(policy), own, rollout.segment_tokens)
     if rollout.engine == "data":
         return DataEngine(policy)
     if rollout.engine == "transformers":
-        return TransformersEngine(policy, rollout.batch_rows)
+        return _own_engine(config, policy)
     options = read_options(VllmConfig, rollout.options, "rollout.options")
     dtype = options.dtype or config.model.dtype
     if rollout.engine == "vllm":
@@ -41,3 +42,14 @@ def make_engine(config: Config, policy: Policy, writer: Policy | None = None) ->
     if distributed.world_size() == 1:
         return VllmServerEngine(policy, options, dtype)
     return MainEngine(policy, lambda led: VllmServerEngine(led, options, dtype))
+
+
+def _own_engine(config: Config, policy: Policy) -> TransformersEngine:
+    rollout, engine = config.rollout, TransformersEngine(policy, config.rollout.batch_rows)
+    problem = engine.why_it_cannot_decode()
+    if problem is None:
+        return engine
+    field, way_out = 'rollout.engine = "transformers"', 'set rollout.engine = "vllm", "vllm-server" or "data"'
+    if rollout.segment_tokens:
+        field, way_out = f"rollout.segment_tokens = {rollout.segment_tokens}", "set it to 0"
+    raise ValueError(f"{field} cannot decode a {type(policy.model).__name__} token by token: {problem}; {way_out}")

@@ -33,7 +33,7 @@ _ANSWER = (
 )
 _ANSWER_TOKENS = 64
 """Enough for a steady mean, and no more where a tokenizer knows no words."""
-_NOTABLE_GAP = 0.05
+NOTABLE_GAP = 0.05
 """Nats a token: what only half precision explains."""
 
 
@@ -80,7 +80,7 @@ class Canary:
         before = self._engine_before.get(name)
         change = _mean_gap(engine_R, before) if before is not None else 0.0
         # A stale engine stays within the tolerance for many small steps: but then it does not change at all.
-        if before is not None and change == 0.0 and self._trainer_change > min(self.tolerance, _NOTABLE_GAP) / 10:
+        if before is not None and change == 0.0 and self._trainer_change > min(self.tolerance, NOTABLE_GAP) / 10:
             raise SyncError(
                 f"{name}: the sync left the engine's log-probs as they were, the trainer's moved by "
                 f"{self._trainer_change:.3g} nats a token: the weights did not arrive"
@@ -104,7 +104,7 @@ class Canary:
                 f"{self.tolerance:g} (rollout.options.canary_tol): engine {_shown(engine_R)}, trainer {_shown(trainer_R)}. "
                 "Either the engine serves another model or dtype, or the sync failed"
             )
-        level = logging.WARNING if gap >= _NOTABLE_GAP else logging.INFO
+        level = logging.WARNING if gap >= NOTABLE_GAP else logging.INFO
         log.log(level, "%s: engine and trainer differ by %.2g nats a token on %s", name, gap, what)
 
     def _logp(self, candidates: Sequence[Candidate]) -> torch.Tensor:
