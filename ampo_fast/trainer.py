@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import os
 import sys
 import time
@@ -27,6 +26,8 @@ from ampo_fast import distributed
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint, require_disk
 from ampo_fast.checkpoint_writer import CheckpointWriter
 from ampo_fast.config import Config
+from ampo_fast.early_stop import START as EVALUATION_START
+from ampo_fast.early_stop import take_in, why_stop
 from ampo_fast.embeddings import make_embedder
 from ampo_fast.evaluation import Evaluation, evaluate
 from ampo_fast.evaluation_summary import paired_summary, print_completions
@@ -108,11 +109,8 @@ class Trainer:
             "spreads": [],
             "num_tokens": 0,
             "trained_groups": 0,
-            "best_reward": None,
-            "bad_evals": 0,
             "num_nonfinite": 0,
-            "evaluated": 0,
-            "kl": 0.0,
+            **EVALUATION_START,
             "wall_s": 0.0,
         }
         self.has_warned = False
@@ -152,16 +150,16 @@ class Trainer:
             stop_signals() as stop,
         ):
             if self.eval_prompts and self.step == 0:
-                self._compare(self._evaluate("before"))
+                take_in(self.state, self.step, self._evaluate("before"))
             elif self._is_evaluation_due() and self.state["evaluated"] != self.step:  # a signal had left it out
                 self._take_in(distributed.on_main(self._measured) or self._evaluate(self._evaluation_name()))
-            stopped, signal = self._why_stop(), None
+            stopped, signal = why_stop(self.state, config.eval), None
             while self.step < config.run.steps and not (stopped or signal):
                 self._train_one_step()
                 signal = next(filter(None, distributed.all_gather(stop.reason)), None)
                 if not signal and self._is_evaluation_due():
                     self._take_in(self._evaluate(self._evaluation_name()))
-                    stopped = self._why_stop()
+                    stopped = why_stop(self.state, config.eval)
                 if stopped or signal or self._is_checkpoint_due():
                     self._save()
             if signal:
@@ -275,34 +273,12 @@ class Trainer:
             self._take_in(measured)
 
     def _take_in(self, measured: Mapping[str, float]) -> None:
-        """Of an evaluation after the start: keeps the best policy, and what _why_stop goes by."""
-        if not self._compare(measured):
-            self.state["bad_evals"] += 1
-        elif self.config.checkpoint.save_best:
+        """Of an evaluation after the start: keeps the best policy."""
+        if take_in(self.state, self.step, measured) and self.config.checkpoint.save_best:
             self._export("best", self._reached())
-
-    def _compare(self, measured: Mapping[str, float]) -> bool:
-        """Whether it is the best evaluation so far, which is then the one to beat."""
-        reward, kl = (measured[key] for key in ("eval/reward", "eval/kl"))  # None as it reads back, where it was NaN
-        self.state |= {"evaluated": self.step, "kl": kl if _is_finite(kl) else self.state["kl"]}
-        best = self.state["best_reward"]
-        is_best = _is_finite(reward) and (best is None or reward > best)
-        if is_best:
-            self.state |= {"best_reward": reward, "bad_evals": 0}
-        return is_best
 
     def _evaluation_name(self) -> str:
         return f"step_{self.step:06d}"
-
-    def _why_stop(self) -> str | None:
-        """What the evaluations so far say against going on. All of it is in the checkpoints: a run that was killed after it
-        stopped does not train on."""
-        config, kl = self.config.eval, self.state["kl"]
-        if config.max_kl is not None and kl > config.max_kl:
-            return f"KL to the start is {kl:.4f} nats per token, over eval.max_kl = {config.max_kl}"
-        if config.patience and self.state["bad_evals"] >= config.patience:
-            return f"{config.patience} evaluations without a better reward (eval.patience)"
-        return None
 
     def _export(self, name: str, summary: dict[str, Any]) -> None:
         export(self.policy, self.run_dir / name)
@@ -409,7 +385,3 @@ class Trainer:
         summary |= {"wall_s": round(time.monotonic() - self.started, 1), "peak_rss_mib": round(peak_rss_mib())}
         write_json(self.run_dir / "summary.json", summary)
         return summary
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

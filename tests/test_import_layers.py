@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "attention", "attention_flex", "attention_varlen", "lora", "liger", "model", "model_files", "model_limits",
      "led_policy", "named_weights", "export", "unshared", "packing", "embeddings", "rewards", "select", "pareto", "sampler",
      "optimizer", "weight_sync", "checkpoint", "checkpoint_writer", "stage_files", "step_metrics",
-     "evaluation", "run_dir", "model_card", "stop_signals",
+     "evaluation", "early_stop", "run_dir", "model_card", "stop_signals",
      "update", "reference_logps", "split_groups", "utilisation", "active_pairs",
      "http_client", "http_reward", "python_reward",
      "rollouts.batches", "rollouts.decoding", "rollouts.engines", "rollouts.few_rows", "rollouts.given",

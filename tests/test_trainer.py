@@ -1,7 +1,6 @@
 """The loop on a tiny model, with real processes, real kills and real signals."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -195,17 +194,6 @@ def test_best_is_the_policy_of_the_best_evaluation_the_first_and_the_last_includ
     if best:
         same = (tmp_path / "runs/r/best" / weights).read_bytes() == (tmp_path / "runs/r/final" / weights).read_bytes()
         assert same is (best == 2)
-
-
-def test_an_evaluation_without_a_reward_is_never_the_best():
-    trainer = SimpleNamespace(step=3, config=config(checkpoint={"save_best": False}))
-    trainer.state = {"best_reward": None, "bad_evals": 0, "kl": 0.0}
-    trainer._compare = lambda measured: Trainer._compare(trainer, measured)
-    seen = []
-    for reward, kl in ((math.nan, 0.1), (None, None), (0.2, 0.3), (math.nan, math.nan), (0.3, 0.4)):
-        Trainer._take_in(trainer, {"eval/reward": reward, "eval/kl": kl})
-        seen.append((trainer.state["best_reward"], trainer.state["bad_evals"], trainer.state["kl"]))
-    assert seen == [(None, 1, 0.1), (None, 2, 0.1), (0.2, 0, 0.3), (0.2, 1, 0.3), (0.3, 0, 0.4)]
 
 
 @pytest.mark.parametrize(
