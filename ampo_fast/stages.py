@@ -117,7 +117,8 @@ def score(config: Config, source: Path, output: Path) -> int:
             write_rewards(row, score_group(group, raw, torch.empty(0), config))
         keep(batch)
 
-    added = _append("score", output, rows, _batches(rows), judge)
+    given = ("scores", "reward_raw") if config.reward.kind == "data" else ("scores",)
+    added = _append("score", output, rows, _batches(rows), judge, reads=given)
     _copy_embeddings(source, output)
     return added
 
@@ -159,7 +160,8 @@ def select(config: Config, source: Path, output: Path) -> int:
             mark(row, group)
         keep(batch)
 
-    added = _append("select", output, rows, _batches(rows), choose)
+    judged = ("reward", "reward_raw", "reward_by_scorer", "finish_reason")
+    added = _append("select", output, rows, _batches(rows), choose, reads=judged)
     _copy_embeddings(source, output)
     return added
 
@@ -174,14 +176,16 @@ def _append(
     batches: Sequence[Sequence[Any]],
     compute: Callable[[Sequence[Any], KeepRows], None],
     singly: bool = False,
+    reads: Sequence[str] = (),
 ) -> int:
     """Computes the batches that the output lacks rows of; leaves the output in the order of `items`.
 
-    compute hands over rows as they are finished. singly: of a batch only the items that have no row are computed.
+    compute hands over rows as they are finished. singly: of a batch only the items that have no row are computed. reads: the
+    fields of a response, beside its text, that a row of the output rests on and still holds.
     """
     by_id = {_id(item): item for item in items}
     with RowWriter(output) as writer:
-        _check_belongs(stage, writer.rows, by_id, output)
+        _check_belongs(writer.rows, by_id, output, reads)
         done = {row["id"] for row in writer.rows}
         before = len(done)
         with TrainingProgress(len(by_id), before, unit="prompt", plain_interval_s=5) as progress:
@@ -203,26 +207,24 @@ def _append(
     return len(done) - before
 
 
-def _check_belongs(stage: str, rows: Sequence[Row], by_id: dict[str, Any], output: Path) -> None:
+def _check_belongs(rows: Sequence[Row], by_id: dict[str, Any], output: Path, reads: Sequence[str]) -> None:
     """Rows of another input under the same name would be mixed in silently."""
     for row in rows:
         item = by_id.get(row["id"])
         if item is None:
             raise ValueError(f"{output} has a row {row['id']!r} that the input lacks; choose another --output")
-        other = _what_differs(stage, row, item)
+        other = _what_differs(row, item, reads)
         if other:
             raise ValueError(f"{output}: row {row['id']!r} has other {other} than the input; choose another --output")
 
 
-def _what_differs(stage: str, row: Row, item: Prompt | Row) -> str | None:
-    """Of what the stage's result rests on."""
+def _what_differs(row: Row, item: Prompt | Row, reads: Sequence[str]) -> str | None:
     if isinstance(item, Prompt):
         return None if row["prompt"] == list(item.messages) else "texts"
     if row["prompt"] != item["prompt"] or _texts(row) != _texts(item):
         return "texts"
-    read = {"score": ("scores",), "select": ("reward", "reward_raw", "reward_by_scorer", "finish_reason")}[stage]
     both = zip(row["responses"], item["responses"], strict=True)
-    return "rewards" if any(ours.get(name) != theirs.get(name) for ours, theirs in both for name in read) else None
+    return "rewards" if any(ours.get(name) != theirs.get(name) for ours, theirs in both for name in reads) else None
 
 
 def _check_embeddings(scored: Sequence[ScoredGroup], output: Path) -> None:

@@ -424,6 +424,22 @@ def test_an_input_that_was_judged_anew_is_refused(stage, field, pipeline, prompt
     assert snapshot(pipeline[stage]) == before
 
 
+def test_given_ratings_that_changed_are_refused(tmp_path):
+    source, output = tmp_path / "rated.jsonl", tmp_path / "scored.jsonl"
+    offline = make_config(rollout={"engine": "data"}, reward={"kind": "data"})
+
+    def rate(best):
+        answers = [{"content": "a", "reward": best}, {"content": "b", "reward": 0.5}]
+        source.write_text(json.dumps({"id": "q", "prompt": "why?", "responses": answers}) + "\n")
+
+    rate(1.0)
+    assert stages.score(offline, source, output) == 1
+    assert stages.score(offline, source, output) == 0
+    rate(9.0)
+    with pytest.raises(ValueError, match=r"row 'q' has other rewards than the input"):
+        stages.score(offline, source, output)
+
+
 def test_an_input_that_was_embedded_anew_is_refused(pipeline):
     beside = embeddings_path(pipeline["embed"])
     save_file({"embeddings": load_file(beside)["embeddings"] + 1.0}, beside)
