@@ -225,3 +225,10 @@ def why_not_shared(model: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = kinds - {"full_attention", "sliding_attention"}
     return f"it has layers of type {', '.join(sorted(unknown))}" if unknown else None
+
+
+def honour_softcap(model: Any) -> None:
+    """Has transformers' own attention cap its scores where the model's does: before 5.24 its SDPA left the cap out in silence."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ampo_fast import lora
+from ampo_fast import attention, lora
 from ampo_fast.assets import from_hub
 from ampo_fast.config import ModelConfig
 
@@ -21,6 +21,7 @@ def read_model(source: str, config: ModelConfig) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         where = from_hub(source)
         raise ValueError(f"model.path = {config.path!r}{where} cannot be loaded as a causal LM: {error}") from error
+    attention.honour_softcap(model)
     if config.lora.rank:
         lora.inject(model, config.lora)
     return model
@@ -43,6 +44,7 @@ def empty_model(source: str, config: ModelConfig) -> Any:
     settings = AutoConfig.from_pretrained(source, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **options)
+        attention.honour_softcap(model)
         if config.lora.rank:
             lora.inject(model, config.lora)
     hidden = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from builders import group
 from conftest import make_tiny_model
 
 from ampo_fast import attention
+from ampo_fast.attention import honour_softcap
 from ampo_fast.config import ModelConfig
 from ampo_fast.losses import AMPO
 from ampo_fast.model import Policy
@@ -173,3 +175,15 @@ def test_state_space_models_are_refused_by_name(tmp_path):
     directory = make_tiny_model(tmp_path / "m", **settings)
     with pytest.raises(ValueError, match=r"Mamba2ForCausalLM.*attention interface|cannot run here"):
         Policy.load(ModelConfig(path=str(directory), attention="segments"))
+
+
+@pytest.mark.parametrize(
+    ("softcap", "implementation", "wanted"),
+    [(30.0, "sdpa", "eager"), (30.0, "flash_attention_2", None), (None, "sdpa", None)],
+)
+def test_soft_capped_scores_are_not_left_to_sdpa(softcap, implementation, wanted):
+    config = types.SimpleNamespace(attn_logit_softcapping=softcap, _attn_implementation=implementation)
+    config.get_text_config = lambda: config
+    chosen = []
+    honour_softcap(types.SimpleNamespace(config=config, set_attn_implementation=chosen.append))
+    assert chosen == ([wanted] if wanted else [])

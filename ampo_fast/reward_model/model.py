@@ -100,6 +100,7 @@ class RewardModel(nn.Module):
             where = from_hub(source)
             raise ValueError(f"{field} = {config.path!r}{where} cannot be loaded as a classifier: {error}") from error
         check_missing(model, settings, info, config.path, field, seed is not None)
+        attention.honour_softcap(model)
         if config.pooling == "mean":
             append_mean_block(model, config.keep_blocks, field)
         return cls(model.to(distributed.device()), text, config, field)
