@@ -135,9 +135,10 @@ def _check_size(points: torch.Tensor) -> None:
     size = max(-float(low), float(high))
     smallest, largest = _SIZES.get(points.dtype, (1e-14, 1e17))
     if size and not smallest <= size <= largest:
+        work = "float64" if points.dtype == torch.float64 else "float32"
         raise ValueError(
-            f"points has coordinates of up to {size:g}: the squares of such distances are beyond float32; scale the points, "
-            "to unit length for example"
+            f"points has coordinates of up to {size:g}: the squares of such distances are beyond {work}; scale the points, to "
+            "unit length for example"
         )
 
 

@@ -38,7 +38,8 @@ using Clock = std::chrono::steady_clock;
 class Deadline {
  public:
   Deadline(double limit_s, int64_t num_groups, int num_threads, const std::function<bool()>& is_unwanted)
-      : is_unwanted_(is_unwanted), asked_at_(Clock::now()), unfinished_(num_groups), has_limit_(limit_s < kInfinity), threads_(num_threads), left_(num_groups),
+      : is_unwanted_(is_unwanted), asked_at_(Clock::now()), unfinished_(num_groups), has_limit_(limit_s < kInfinity),
+        threads_(num_threads), left_(num_groups),
         end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                 std::chrono::duration<double>(has_limit_ ? std::clamp(limit_s, 0.0, 1e8) : 0.0))) {}
 
@@ -57,7 +58,7 @@ class Deadline {
   // The caller's thread goes on asking while the others work on the last groups.
   void wait_for_others() {
     if (!is_unwanted_ || std::this_thread::get_id() != caller_) return;
-    while (unfinished_ > 0 && !is_stopped()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    while (unfinished_ > 0 && !is_stopped()) std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
 
   Clock::time_point next_group() {
