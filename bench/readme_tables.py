@@ -113,6 +113,12 @@ def head() -> list[Sequence[str]]:
     return [("", "time", "extra memory"), *((names[n], seconds_of(rows[n]), mib(rows[n])) for n in names)]
 
 
+def group_loss() -> list[Sequence[str]]:
+    rows = by_variant("group_loss.csv", shape="4096x8", dtype="float32")
+    ours, peer = rows["ours_torch"], rows["reference"]
+    return [("", "ours", "peer", "ratio"), _against("4,096 groups of 8", ours, "eager, group by group", peer)]
+
+
 def step() -> list[Sequence[str]]:
     table = [("", "ours", "peer", "ratio")]
     for shape in ("512_128", "180_350"):
@@ -133,6 +139,7 @@ TABLES: dict[str, Callable[[], list[Sequence[str]]]] = {
     "selector_cost": selector_cost,
     "selector_speed": selector_speed,
     "head": head,
+    "group_loss": group_loss,
     "step": step,
 }
 
