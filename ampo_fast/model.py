@@ -39,7 +39,7 @@ class Policy(nn.Module):
     def __init__(
         self, model: Any, tokenizer: Any, config: ModelConfig, source: str, found: tuple | None = None
     ) -> None:
-        """found: (stop_ids, is_shared) as rank 0 has them, for a model whose weights are not here yet."""
+        """found: (stop_ids, logit_divisor, is_shared) as rank 0 has them, for a model whose weights are not here yet."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -48,11 +48,13 @@ class Policy(nn.Module):
         self.lora = config.lora if config.lora.rank else None
         self.compute_dtype = getattr(torch, config.dtype)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.logit_divisor = 1.0
+        """What the model divides its logits by after the head: 1 for most."""
         if found:
-            self.stop_ids, self.is_shared = found
+            self.stop_ids, self.logit_divisor, self.is_shared = found
         else:
             self.stop_ids: tuple[int, ...] = stop_ids(model, tokenizer)
-            self._check_head()
+            self.logit_divisor = self._find_logit_divisor()
             self.is_shared: bool = self._decide_shared(config.attention)
         if config.liger:
             liger.apply(model)
@@ -74,7 +76,7 @@ class Policy(nn.Module):
 
         def read() -> tuple:
             own.append(cls(read_model(source, config), read_tokenizer(source, config), config, source))
-            return own[0].stop_ids, own[0].is_shared
+            return own[0].stop_ids, own[0].logit_divisor, own[0].is_shared
 
         found = distributed.on_main(read)
         return (
@@ -233,10 +235,9 @@ class Policy(nn.Module):
                 baseline_B=batch.baseline_B,
                 ref_logp_R=batch.ref_logp_R,
                 compare_tokens=True,
-                bias_V=self.head.bias,
-                softcap=self.softcap,
                 eos_id=eos_id,
                 normalizer=normalizer,
+                **self._head_options,
             )
 
     @torch.no_grad()
@@ -247,9 +248,18 @@ class Policy(nn.Module):
         hidden_RD = self.hidden_rows(batch)
         weight_VD = self.head.weight.to(hidden_RD.dtype)
         with nan_let_through():
-            return linear_logprob(
-                hidden_RD, weight_VD, batch.target_R, bias_V=self.head.bias, softcap=self.softcap, eos_id=eos_id
-            )
+            return linear_logprob(hidden_RD, weight_VD, batch.target_R, eos_id=eos_id, **self._head_options)
+
+    @property
+    def _head_options(self) -> dict[str, Any]:
+        return {"bias_V": self.head.bias, "softcap": self.softcap, "temperature": self.logit_divisor}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head on last hidden states [..., D], float32 [..., V]: for a few rows at a time."""
+        logits = self.head(hidden).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.logit_divisor == 1.0 else logits / self.logit_divisor
 
     @torch.no_grad()
     def response_states(self, batch: PackedBatch) -> torch.Tensor:
@@ -287,19 +297,24 @@ class Policy(nn.Module):
         return model_limits.why_window_is_lost(self.model, plan.windows)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Refuses a model whose logits are not softcap(hidden W^T + b): our log-probs would be of another model."""
+    def _find_logit_divisor(self) -> float:
+        """Refuses a model whose logits are not softcap(hidden W^T + b) / divisor: our log-probs would be of another model.
+
+        The divisor stands in the config, as what divides (Granite) or what multiplies (Cohere, HyperCLOVA X).
+        """
         name = type(self.model).__name__
         if self.model.base_model is self.model:
             raise ValueError(f"model.path: {name} does not tell its layers from its head; choose another model")
         ids = torch.tensor([[self.stop_ids[0], *range(3)]], device=self.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(hidden, self.head.weight, self.head.bias)
-        if self.softcap:
-            ours = self.softcap * torch.tanh(ours / self.softcap)
+        ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = self.model(input_ids=ids, use_cache=False).logits
-        if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{name} changes its logits after the head (scaling?); not supported")
+        config = self.model.config.get_text_config()
+        scales = [scale for key in ("logits_scaling", "logit_scale") if (scale := getattr(config, key, None))]
+        divisors = [1.0, *(divisor for scale in scales for divisor in (scale, 1.0 / scale))]
+        divisor = min(divisors, key=lambda divisor: (ours / divisor - theirs).abs().max())
+        if not torch.allclose(ours / divisor, theirs, atol=1e-3, rtol=1e-3):
+            raise ValueError(f"{name} changes its logits after the head; not supported")
+        return divisor
 
 
 def _probe_batch(token: int, device: torch.device) -> PackedBatch:

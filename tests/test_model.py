@@ -9,7 +9,7 @@ from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
-from ampo_fast.losses import AMPO
+from ampo_fast.losses import AMPO, NLL
 from ampo_fast.model import Policy
 from ampo_fast.packing import pack_responses, packed_length
 from ampo_fast.sampler import admit_prompts
@@ -122,10 +122,47 @@ def test_tokenizer_without_pad_and_bos_works(tmp_path):
     assert torch.isfinite(response_logp(policy, RAGGED, 1000)).all()
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
-    directory = make_tiny_model(tmp_path / "m", "granite", logits_scaling=2.0)
-    with pytest.raises(ValueError, match="GraniteForCausalLM changes its logits after the head"):
-        Policy.load(ModelConfig(path=str(directory)))
+SCALED_HEADS = {
+    "granite": ({"logits_scaling": 8.0}, 8.0),
+    "hyperclovax": ({"logits_scaling": 0.25}, 4.0),  # multiplies by what Granite divides by
+    "cohere2": ({"logit_scale": 0.0625, "sliding_window": 4}, 16.0),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED_HEADS)
+def test_a_head_that_scales_its_logits_gives_the_models_own_log_probs_and_gradient(kind, tmp_path):
+    overrides, divisor = SCALED_HEADS[kind]
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path / "m", kind, **overrides))))
+    assert policy.logit_divisor == divisor
+    kept, reward = [range(len(g.candidates)) for g in RAGGED], [[1.0, 0.0, 0.5], [1.0], [0.0, 1.0]]
+    batch = pack_responses(RAGGED, kept, reward=reward, positive=[(0,), (0,), (1,)])
+    truth = one_at_a_time(policy, RAGGED)
+    torch.testing.assert_close(policy.token_logp(batch).double(), truth, atol=2e-5, rtol=0)
+
+    def gradient_of(loss: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad(loss, policy.model.get_input_embeddings().weight)
+        return found
+
+    loss, _ = policy(batch, NLL(), 1.0)
+    per_response = [-rows.mean() for rows in truth.split(batch.response_offsets.diff().tolist())]
+    wanted = per_response[0] + per_response[3] + per_response[5]
+    torch.testing.assert_close(loss.double(), wanted.detach(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(gradient_of(loss), gradient_of(wanted), atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tiny_model, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.forward
+
+    def shifted(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits + torch.arange(out.logits.shape[-1])
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits after the head"):
+        Policy.load(ModelConfig(path=str(tiny_model)))
 
 
 def test_a_model_whose_layers_cannot_be_told_from_its_head_is_refused_by_name(tmp_path):

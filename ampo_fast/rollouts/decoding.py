@@ -92,7 +92,7 @@ class TransformersEngine(LocalEngine):
             first_AV = state.logits_AV
             state.advance(on_device(torch.tensor(answer.token_ids[:1] * 2), policy.device))
             hidden_RD = unshared.hidden_rows(policy.model, batch, is_sharded=False, max_padded=2.0)
-            plain_RV = _logits(policy, hidden_RD).log_softmax(-1)
+            plain_RV = policy.logits(hidden_RD).log_softmax(-1)
         decoded_RV = torch.stack((first_AV, state.logits_AV), dim=1).flatten(0, 1).log_softmax(-1)
         return ((decoded_RV - plain_RV).abs() * plain_RV.exp()).sum(-1).max().item()
 
@@ -227,12 +227,7 @@ class _Decoding:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        self.logits_AV = _logits(self.policy, hidden)
-
-
-def _logits(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
-    logits = policy.head(hidden).float()
-    return policy.softcap * torch.tanh(logits / policy.softcap) if policy.softcap else logits
+        self.logits_AV = self.policy.logits(hidden)
 
 
 def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Tensor) -> Any:
