@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from builders import config, prompt
@@ -55,6 +57,12 @@ def test_streams_are_keyed_by_prompt_and_candidate_not_by_batch(tiny_policy):
 def test_generation_repeats_bit_for_bit(tiny_policy):
     runs = [TransformersEngine(tiny_policy, 64).generate(PROMPTS, 3, Sampling(max_new_tokens=8)) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_decoding_uses_nothing_that_transformers_has_deprecated(tiny_policy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        TransformersEngine(tiny_policy, 64).generate(PROMPTS, 2, Sampling(max_new_tokens=3))
 
 
 def test_under_autocast_keys_are_kept_in_the_type_that_attention_computes_in(tiny_model, monkeypatch):

@@ -6,6 +6,7 @@ Shapes: A rows decoded together (active candidates), P prompt tokens, V vocab.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ class _Decoding:
 
     def __init__(self, policy: Policy, cache, padding_A: torch.Tensor, position_A: torch.Tensor) -> None:
         self.policy = policy
-        self.cache = cache
+        self.cache, self.cache_keyword = cache, _cache_keyword(policy)
         self.padding_A = padding_A  # left padding of each row's prompt
         self.is_padded = bool(padding_A.any())  # asked of the device when rows change, not at every token
         self.position_A = position_A  # position of the next token
@@ -224,10 +225,16 @@ class _Decoding:
             input_ids=token_AL,
             position_ids=position_AL,
             attention_mask=mask,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_keyword: self.cache},
         ).last_hidden_state[:, -1]
         self.logits_AV = self.policy.logits(hidden)
+
+
+def _cache_keyword(policy: Policy) -> str:
+    """transformers 5.24 renamed it; a model of somebody's own may keep the older name."""
+    parameters = inspect.signature(policy.model.base_model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _layer_masks(policy: Policy, visible_ALP: torch.Tensor, position_L: torch.Tensor) -> Any:
