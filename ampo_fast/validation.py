@@ -103,7 +103,7 @@ def check_vector(name: str, vector: torch.Tensor, length: int, device: torch.dev
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    if _nan_is_let_through.get() or not checks_values(tensor):
+    if _nan_is_let_through.get() or not checks_values(tensor) or not tensor.is_floating_point():
         return
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or infinity; mask those rows before the call")

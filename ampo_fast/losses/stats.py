@@ -163,17 +163,23 @@ class Groups:
         sizes_B = group_offsets.diff()
         self.widest = int(sizes_B.max()) if sizes_B.numel() else 0
         mask_BG = torch.arange(self.widest) < sizes_B[:, None]
-        self.position_M = on_device(mask_BG.flatten().nonzero()[:, 0], device)
+        # Groups of one size, the usual case, lie in memory as they are wanted: no index, no copy.
+        self._position_M = None
+        if not bool(mask_BG.all()):
+            self._position_M = on_device(mask_BG.flatten().nonzero()[:, 0], device)
         self.mask_BG = on_device(mask_BG, device)
         self.size_B = on_device(sizes_B, device)
 
     def pad(self, values_M: torch.Tensor, fill: float | bool) -> torch.Tensor:
-        """[M] -> [B, G], `fill` where there is no response. Differentiable; each place is written once."""
+        """[M] -> [B, G], `fill` where there is no response. Differentiable; may be a view of the values."""
+        if self._position_M is None:
+            return values_M.reshape(self.mask_BG.shape)
         flat = torch.full((self.mask_BG.numel(),), fill, dtype=values_M.dtype, device=values_M.device)
-        return flat.index_copy(0, self.position_M, values_M).view(self.mask_BG.shape)
+        return flat.index_copy(0, self._position_M, values_M).view(self.mask_BG.shape)
 
     def unpad(self, values_BG: torch.Tensor) -> torch.Tensor:
-        return values_BG.flatten()[self.position_M]
+        flat = values_BG.flatten()
+        return flat if self._position_M is None else flat[self._position_M]
 
     def mean(self, values_BG: torch.Tensor) -> torch.Tensor:
         """[B, 1]: the mean over each group's responses; 0 for an empty group."""
@@ -199,7 +205,7 @@ class Groups:
             return self.mask_BG
         known_BG = reward_BG.masked_fill(~self.mask_BG | reward_BG.isnan(), -torch.inf)
         top_BG = (known_BG == known_BG.amax(1, keepdim=True)) & self.mask_BG
-        return top_BG & (top_BG.cumsum(1) == 1)
+        return top_BG & (top_BG.cumsum(1, dtype=torch.int32) == 1)
 
 
 def given_positives(stats: CheckedStats, groups: Groups) -> torch.Tensor | None:
