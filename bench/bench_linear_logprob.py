@@ -5,6 +5,9 @@
 Variants run in turn in one process; a peer that is not installed is left out and named. Rows go to
 bench/results/linear_logprob.csv; the last line of output is one JSON object with the ratios. Hidden states are random with
 a third of the rows leaning on their target's weight, so that the softmax is peaked as a trained model's is.
+
+Each variant's answer is compared, for the first group's rows, with the same in float64: the gradient of the hidden states, or
+the log-probs where nothing else is asked for. The note has the largest difference, over the largest true value.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import rows
 import torch
 
 from ampo_fast import fused_linear_group_loss, linear_logprob, reference
-from ampo_fast.losses import AMPO
+from ampo_fast.losses import AMPO, ResponseStats
+from ampo_fast.losses.stats import segment_sum
 
 GROUP, RESPONSE_ROWS = 4, 64
 
@@ -50,11 +54,24 @@ class Case:
     def free(self) -> None:
         self.hidden_RD.grad = self.weight_VD.grad = None
 
+    @functools.cached_property
+    def truth(self) -> dict[str, torch.Tensor]:
+        """The first group's log-probs, and gradients of its hidden states by each objective, all from float64."""
+        num_rows = int(self.response_offsets[GROUP])
+        hidden_RD = self.hidden_RD[:num_rows].detach().double().requires_grad_()
+        logp_R = reference.linear_logprob(hidden_RD, self.weight_VD.detach().double(), self.target_R[:num_rows])
+        offsets, num_groups = self.response_offsets[: GROUP + 1], self.group_offsets.numel() - 1
+        stats = ResponseStats(
+            segment_sum(logp_R, offsets), offsets.diff().to(self.device), self.reward_M[:GROUP], self.group_offsets[:2]
+        )
+        objectives = {"AMPO": AMPO()(stats).loss / num_groups, "mean NLL": -logp_R.sum() / self.shape[0]}
+        found = {"log-probs": logp_R.detach()}
+        for name, loss in objectives.items():
+            (found[name],) = torch.autograd.grad(loss, hidden_RD, retain_graph=True)
+        return found
+
     def loss_of(self, logp_R: torch.Tensor) -> torch.Tensor:
         """The AMPO loss from row log-probs: what a head that only knows log-probs is followed by."""
-        from ampo_fast.losses import ResponseStats
-        from ampo_fast.losses.stats import segment_sum
-
         length_M = self.response_offsets.diff().to(self.device)
         logp_M = segment_sum(logp_R.float(), self.response_offsets)
         return AMPO()(ResponseStats(logp_M, length_M, self.reward_M, self.group_offsets)).loss
@@ -179,6 +196,9 @@ VARIANTS: dict[str, Callable[[Case], Callable[[], object]]] = {
     "cut_cross_entropy": cut_cross_entropy,
     "quack": quack_head,
 }
+FORWARD_ONLY = ("ours_forward_only", "ours_forward_no_logits")
+MEAN_NLL = ("torch_linear_cross_entropy", "liger", "quack")
+"""What has no log-probs to give to a group's loss."""
 FLOPS = {"ours_frozen": 4, "ours_forward_only": 2, "ours_forward_no_logits": 2, "ours_recompute": 8}
 """Useful RDV multiples; 6 for all that train the head."""
 
@@ -209,6 +229,19 @@ def waited_for(case: Case, call: Callable[[], object]) -> str | None:
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
 
 
+def error_of(case: Case, name: str) -> str:
+    """What the variant gets wrong, over the largest true value; "" where it has no answer."""
+    case.free()
+    answer = VARIANTS[name](case)()
+    objective = "mean NLL" if name in MEAN_NLL else "AMPO"
+    found, truth = (
+        (answer, case.truth["log-probs"]) if name in FORWARD_ONLY else (case.hidden_RD.grad, case.truth[objective])
+    )
+    if found is None:
+        return ""
+    return f"{((found[: len(truth)].double() - truth).abs().max() / truth.abs().max()).item():.2g}"
+
+
 def host_peak_mib(case: Case, call: Callable[[], object]) -> str:
     case.free()
     return rows.peak_mib(call)
@@ -234,6 +267,8 @@ def main() -> None:
         for name, samples in seconds.items():
             peaks[name] = results[name] or host_peak_mib(case, calls[name])
             row = base | measured(name, samples, shape, seconds.get("bare_gemms")) | {"peak_mib": peaks[name]}
+            if error := error_of(case, name):
+                row["note"] += f"; off by {error}"
             rows.append(options.csv, [row])
             print(f"{name:28} {row['median_ms']:>9} ms  {peaks[name]:>8} MiB  {row['note']}")
 
@@ -247,7 +282,7 @@ def measured(name: str, samples: list[float], shape: tuple[int, ...], bare_gemms
     tflops = multiple * shape[0] * shape[1] * shape[2] / min(samples) / 1e12
     row = {
         "variant": name,
-        "mode": "forward" if name.startswith("ours_forward") else "forward+backward",
+        "mode": "forward" if name in FORWARD_ONLY else "forward+backward",
         "note": f"{tflops:.3f} useful TFLOP/s at best",
     }
     if bare_gemms:
