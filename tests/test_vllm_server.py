@@ -182,6 +182,41 @@ def test_a_fault_during_generation_costs_no_group(make, policy, tmp_path, fault)
     assert engine.replicas[0].generation == (1 if fault == "die" else 0)
 
 
+def test_nothing_counts_from_a_server_that_came_back_with_other_weights(make, policy, tmp_path):
+    engine = make()
+    nudge(policy, 0.05)
+    push_weights(policy, engine, 1)
+    for fault in ("die", "stale"):  # the reload after the death leaves the weights that it started with
+        (tmp_path / f"fault.{fault}").touch()
+    kept = []
+    with pytest.raises(SyncError, match="vllm-server-0"):
+        engine.generate(PROMPTS, 3, SAMPLING, kept.extend)
+    engine_logp = torch.tensor([v for group in kept for c in group.candidates for v in c.logp])
+    torch.testing.assert_close(response_logp(policy, kept, 1000), engine_logp, atol=5e-4, rtol=0)
+    assert engine.replicas[0].is_lost and not engine.replicas[0].process.is_alive()
+
+
+def test_a_server_that_is_started_again_is_asked_only_once_it_has_the_weights(make, policy, monkeypatch):
+    engine = make()
+    nudge(policy, 0.05)
+    push_weights(policy, engine, 1)
+    (replica,) = engine.replicas
+    load, is_up = replica.load, threading.Event()
+
+    def load_late(path):
+        is_up.set()
+        time.sleep(1)
+        load(path)
+
+    monkeypatch.setattr(replica, "load", load_late)
+    replica.process.kill()
+    with ThreadPoolExecutor(1) as pool:
+        repair = pool.submit(engine._failed, replica, replica.generation, HttpError("it died", True))
+        assert is_up.wait(60)
+        assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, version=1)
+        repair.result()
+
+
 @pytest.mark.parametrize("fault", ["die_in_sync", "stall_in_sync"])
 def test_a_fault_during_the_sync_ends_in_the_new_version(make, policy, tmp_path, fault):
     engine = make(sync_timeout_s=5)

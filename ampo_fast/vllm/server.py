@@ -99,7 +99,8 @@ class VllmServerEngine:
     def _candidates(self, replica: Replica, prompt_ids: Sequence[int], fields: dict[str, Any]) -> list[Candidate]:
         """One server's answer, of our weights for certain. Raises HttpError, and SyncError where it cannot have them."""
         self._clear_suspicion(replica)
-        life = replica.generation
+        with replica.repair_lock:  # one that is being started again answers before it has our weights
+            life = replica.generation
         try:
             candidates = replica.complete(self.policy, prompt_ids, fields, self.version)
         except HttpError as error:
@@ -174,11 +175,15 @@ class VllmServerEngine:
         self._check(replica, with_samples=False)
 
     def _repair(self, replica: Replica) -> None:
-        """Starts a server of ours again with the newest weights, or gives it up. The caller holds its repair_lock."""
+        """Starts a server of ours again with the newest weights, or gives it up. The caller holds its repair_lock.
+
+        Raises SyncError, and gives it up, where it then has other weights all the same.
+        """
         while replica.restarts_left and not self._is_closed:
             replica.restarts_left -= 1
             log.warning("%s is started again%s", replica.name, replica.last_words())
             replica.process.kill()
+            replica.generation += 1  # before: what it answers until it is checked does not count
             try:
                 replica.start()
                 if self._files.newest is not None:
@@ -187,9 +192,15 @@ class VllmServerEngine:
             except (ServerDied, HttpError) as error:
                 log.warning("%s did not come back: %s", replica.name, error)
                 continue
-            replica.generation += 1
+            except SyncError as error:
+                replica.cause = error
+                self._give_up(replica)
+                raise
             replica.failures = 0
             return
+        self._give_up(replica)
+
+    def _give_up(self, replica: Replica) -> None:
         replica.is_lost = True
         replica.process.kill()
         log.warning("%s is given up%s", replica.name, replica.last_words())
