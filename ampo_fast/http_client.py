@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
 import math
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -42,13 +44,23 @@ class JsonClient:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # A proxy from the environment must never see what is meant for this machine.
         handlers = [urllib.request.ProxyHandler({})] if is_loopback(self.base_url) else []
-        self._opener = urllib.request.build_opener(*handlers, _NoRedirect())
+        self._waiting: set[http.client.HTTPConnection] = set()
+        self._opener = urllib.request.build_opener(
+            *handlers, _NoRedirect(), _Http(self._waiting), _Https(self._waiting)
+        )
 
     def post(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
         return self._call("POST", path, json.dumps({} if body is None else body).encode(), timeout_s)
 
     def get(self, path: str, timeout_s: float | None = None) -> Any:
         return self._call("GET", path, None, timeout_s)
+
+    def break_off(self) -> None:
+        """Ends the calls that other threads wait in: they raise HttpError, and the server sees that nobody waits any more."""
+        for connection in list(self._waiting):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):  # the server was faster
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _call(self, method: str, path: str, data: bytes | None, timeout_s: float | None) -> Any:
         url = self.base_url + path
@@ -87,6 +99,35 @@ def _read(answer: Any, deadline: float) -> bytes:
     if answer.length:  # read1, unlike read, does not mind an end that comes too early
         raise http.client.IncompleteRead(body, answer.length)
     return body
+
+
+class _Waiting(urllib.request.AbstractHTTPHandler):
+    """Keeps in `waiting` the connections whose server has not begun to answer: urllib shows them to nobody."""
+
+    def __init__(self, waiting: set[http.client.HTTPConnection]) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def do_open(self, http_class: Callable[..., Any], request: Any, **arguments: Any) -> Any:
+        made: list[http.client.HTTPConnection] = []
+
+        def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
+            made.append(http_class(*args, **kwargs))
+            self._waiting.update(made)
+            return made[-1]
+
+        try:
+            return super().do_open(make, request, **arguments)
+        finally:
+            self._waiting.difference_update(made)
+
+
+class _Http(_Waiting, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_Waiting, urllib.request.HTTPSHandler):
+    pass
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -3,6 +3,8 @@
 import random
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,6 +49,17 @@ def client(port, timeout_s=20.0):
 
 def test_an_answer_in_pieces_is_read_whole(serve):
     assert client(serve([HEAD, b'{"a": ', b"123}"], pause_s=0.02)).get("/") == {"a": 123}
+
+
+def test_a_call_that_another_thread_breaks_off_ends_at_once(serve):
+    one = client(serve([b""], pause_s=20))
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one.get, "/")
+        while not serve.asked:
+            time.sleep(0.01)
+        one.break_off()
+        with pytest.raises(HttpError):
+            call.result(timeout=10)
 
 
 def test_an_answer_that_trickles_in_is_given_up(serve):

@@ -193,7 +193,8 @@ def test_nothing_counts_from_a_server_that_came_back_with_other_weights(make, po
         engine.generate(PROMPTS, 3, SAMPLING, kept.extend)
     engine_logp = torch.tensor([v for group in kept for c in group.candidates for v in c.logp])
     torch.testing.assert_close(response_logp(policy, kept, 1000), engine_logp, atol=5e-4, rtol=0)
-    assert engine.replicas[0].is_lost and not engine.replicas[0].process.is_alive()
+    assert engine.replicas[0].is_lost
+    assert not engine.replicas[0].process.is_alive()
 
 
 def test_a_server_that_is_started_again_is_asked_only_once_it_has_the_weights(make, policy, monkeypatch):
@@ -386,6 +387,21 @@ def test_closed_while_another_thread_generates_it_has_kept_what_was_finished_and
     assert len({group.prompt.id for group in kept}) == len(kept) == len(PROMPTS) - 1
     assert engine.replicas[0].generation == 0
     assert not engine.replicas[0].process.is_alive()
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_nobody_waits_for_answers_that_nobody_wants_any_more(make, running, tmp_path, is_ours):
+    engine = make() if is_ours else make(base_urls=(running.start(),))
+    engine.start()
+    (tmp_path / "fault.hang").touch()
+
+    def interrupt(groups):
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, 3, SAMPLING, interrupt)
+    assert time.monotonic() - started < engine.options.request_timeout_s / 2
 
 
 def test_a_server_that_cannot_start_says_why(make, monkeypatch):

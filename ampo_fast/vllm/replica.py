@@ -142,5 +142,8 @@ class Replica:
         return cause + (f"; its output ends:\n{self.process.output_tail()}" if self.process is not None else "")
 
     def close(self) -> None:
+        """Ends a server of ours; of any, the requests that wait for it."""
         if self.process is not None:
             self.process.close()
+        if self.client is not None:
+            self.client.break_off()

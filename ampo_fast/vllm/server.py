@@ -8,12 +8,13 @@ by them: it shows that it still has our weights before its answers count.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -66,7 +67,7 @@ class VllmServerEngine:
         for replica in self.replicas:
             replica.failures = 0  # who failed in an earlier round is asked again
             replica.suspicions += replica.process is None
-        with ThreadPoolExecutor(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
+        with self._threads(max(1, min(len(prompts), _MAX_REQUESTS))) as pool:
             futures = [pool.submit(self._answer, prompt, n, sampling) for prompt in prompts]
             for future in as_completed(futures):
                 if keep is not None and future.exception() is None:
@@ -228,7 +229,7 @@ class VllmServerEngine:
         for replica in self.replicas:  # somebody's server that was away may be back
             replica.is_lost = replica.is_lost and replica.process is not None
         usable = self._usable()
-        with ThreadPoolExecutor(len(usable)) as pool:
+        with self._threads(len(usable)) as pool:
             list(pool.map(self._load, usable))
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
@@ -288,7 +289,7 @@ class VllmServerEngine:
         """Starts all servers. Those that ran already get our weights: they may serve an earlier run's."""
         if self._is_started:
             return
-        with ThreadPoolExecutor(len(self.replicas)) as pool:
+        with self._threads(len(self.replicas)) as pool:
             list(pool.map(Replica.start, self.replicas))
         self._is_started = True
         if not check:
@@ -298,6 +299,18 @@ class VllmServerEngine:
             return
         self.canary.renew()
         self._check_all()
+
+    @contextlib.contextmanager
+    def _threads(self, count: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads that nobody waits for once the caller is ended, by Ctrl-C or an error: the engine is closed then."""
+        pool = ThreadPoolExecutor(count)
+        try:
+            yield pool
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @property
     def sync_metrics(self) -> dict[str, float]:
