@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +36,16 @@ def read_prompts(config: Config, policy: Policy) -> RunPrompts:
     Raises ValueError for whatever in them, or in how many and how long they are, a run could not train on.
     """
     read = _load(config.data.train, "data.train", config, needs_responses=config.rollout.engine == "data")
-    train = admit_prompts(read, policy, config, "data.train")
+    lengths = _admitted_lengths(read, policy, config, "data.train")
+    train = [prompt for prompt in read if prompt.id in lengths]
     count = config.data.active_pairs
     if count:
         train = choose_pairs(policy, train, count, config.rollout.max_new_tokens)
+    longest = max(lengths[prompt.id] for prompt in train)
+    _check_budget(longest, config)
     return RunPrompts(
         sampler=PromptSampler(train, config.prompts_per_round, config.run.seed),
-        longest=longest_prompt(train, policy, config),
+        longest=longest,
         held_out=_held_out(config, policy),
         read=read,
     )
@@ -67,11 +69,17 @@ def _load(source: str, field: str, config: Config, needs_responses: bool = False
 
 def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> list[Prompt]:
     """Leaves out prompts longer than data.max_prompt_tokens, counts them, and raises when they are too many."""
+    lengths = _admitted_lengths(prompts, policy, config, field)
+    return [prompt for prompt in prompts if prompt.id in lengths]
+
+
+def _admitted_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, field: str) -> dict[str, int]:
+    """{id: tokens} of the prompts that admit_prompts keeps."""
     limit = config.data.max_prompt_tokens
-    lengths = [_prompt_length(prompt, policy, field) for prompt in prompts]
-    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
-    num_long = len(prompts) - len(kept)
-    long = [prompt.where or prompt.id for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+    lengths = {prompt.id: _prompt_length(prompt, policy, field) for prompt in prompts}
+    kept = {prompt_id: length for prompt_id, length in lengths.items() if length <= limit}
+    long = [prompt.where or prompt.id for prompt in prompts if prompt.id not in kept]
+    num_long = len(long)
     named = f"{', '.join(long[:5])}{', ...' if num_long > 5 else ''}"
     if num_long > config.data.max_overlong_share * len(prompts):
         raise ValueError(
@@ -84,7 +92,7 @@ def admit_prompts(prompts: Sequence[Prompt], policy: Policy, config: Config, fie
         log.warning(
             "%s: left out %d of %d prompts longer than %d tokens: %s", field, num_long, len(prompts), limit, named
         )
-    _check_longest(max(length for length in lengths if length <= limit), policy, config, field)
+    _check_longest(max(kept.values()), policy, config, field)
     return kept
 
 
@@ -111,23 +119,13 @@ def _check_longest(longest: int, policy: Policy, config: Config, field: str) -> 
         )
 
 
-def longest_prompt(prompts: Sequence[Prompt], policy: Policy, config: Config) -> int:
-    """Tokens of the longest prompt, looked for among the 64 with the most characters.
-
-    Raises ValueError when optim.micro_batch_tokens cannot hold it with one response.
-    """
-
-    def characters(prompt: Prompt) -> int:
-        return sum(len(turn["content"]) for turn in prompt.messages)
-
-    longest = max(len(policy.encode_prompt(p.messages)) for p in heapq.nlargest(64, prompts, key=characters))
+def _check_budget(longest: int, config: Config) -> None:
     needed, budget = longest + config.rollout.max_new_tokens, config.optim.micro_batch_tokens
     if needed > budget:
         raise ValueError(
             f"optim.micro_batch_tokens = {budget} cannot hold the longest prompt ({longest} tokens) and one response "
             f"(rollout.max_new_tokens = {config.rollout.max_new_tokens}); raise it to at least {needed}"
         )
-    return longest
 
 
 class PromptSampler:

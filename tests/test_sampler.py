@@ -7,7 +7,7 @@ from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
-from ampo_fast.sampler import PromptSampler, admit_prompts, longest_prompt, read_prompts
+from ampo_fast.sampler import PromptSampler, admit_prompts, read_prompts
 
 
 @pytest.mark.parametrize(("num_prompts", "per_round"), [(10, 4), (7, 7), (5, 3), (12, 4)])
@@ -41,16 +41,6 @@ def test_overlong_prompts_are_counted_and_too_many_are_an_error(tiny_policy, cap
     assert "1 of 10 prompts longer than 50 tokens: x.jsonl:10" in caplog.text
     with pytest.raises(ValueError, match=r"data\.train: 2 of 11 .*\(x\.jsonl:10, p10\); raise"):
         admit_prompts([*prompts, prompt(10, "y" * 200)], tiny_policy, settings, "data.train")
-
-
-def test_a_budget_below_the_longest_prompt_and_one_response_is_named(tiny_policy):
-    prompts = [prompt(i, "x" * (10 + i)) for i in range(70)]
-    longest = len(tiny_policy.encode_prompt(prompts[-1].messages))
-    fits = config(rollout={"max_new_tokens": 30}, optim={"micro_batch_tokens": longest + 30})
-    assert longest_prompt(prompts, tiny_policy, fits) == longest
-    tight = config(rollout={"max_new_tokens": 31}, optim={"micro_batch_tokens": longest + 30})
-    with pytest.raises(ValueError, match=rf"micro_batch_tokens = {longest + 30} .*at least {longest + 31}"):
-        longest_prompt(prompts, tiny_policy, tight)
 
 
 @pytest.mark.parametrize("engine", ["transformers", "data"])
@@ -95,6 +85,20 @@ def test_a_runs_prompts_come_from_the_config(tiny_policy, tmp_path):
     assert (found.sampler.prompts_per_round, found.longest) == (4, limit)
     assert [p.id for p in found.held_out] == ["e0", "e1", "e2"]
     assert len(found.read) == 10
+
+
+def test_the_longest_prompt_has_the_most_tokens_whatever_the_characters(tiny_policy, tmp_path):
+    texts = ["x" * 100] * 64 + ["\N{GRINNING FACE}" * 90]  # a character of four tokens
+    longest = len(tiny_policy.encode_prompt(prompt(0, texts[-1]).messages))
+    train = write_rows(tmp_path / "long.jsonl", [{"id": str(i), "prompt": text} for i, text in enumerate(texts)])
+
+    def read(budget):
+        sections = {"data": {"train": train}, "optim": {"micro_batch_tokens": budget}}
+        return read_prompts(run_config(tmp_path, rollout={"max_new_tokens": 30}, **sections), tiny_policy)
+
+    assert read(longest + 30).longest == longest
+    with pytest.raises(ValueError, match=rf"micro_batch_tokens = {longest + 29} .*at least {longest + 30}"):
+        read(longest + 29)
 
 
 def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp_path):
