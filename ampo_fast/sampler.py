@@ -11,6 +11,7 @@ import torch
 from ampo_fast.active_pairs import choose_pairs
 from ampo_fast.config import Config
 from ampo_fast.data import load_prompts, settle_disagreements
+from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.types import Prompt
@@ -113,10 +114,23 @@ def _check_longest(longest: int, policy: Policy, config: Config, field: str) -> 
             f"model.path = {config.model.path!r}: a sequence over {limit[1]} tokens changes the frequencies of its rope (type "
             f"{limit[0]}) for all that run beside it; {needed} pass that; {way_out}"
         )
+    served = _served_tokens(config)
+    if served and longest + new > served:
+        raise ValueError(
+            f"rollout.options.max_model_len = {served}: {needed} pass that, and vLLM would refuse or cut such answers; "
+            f"raise it, or {way_out}"
+        )
     if context and longest + new > context:
         raise ValueError(
             f"model.path = {config.model.path!r} was made for {context} positions; {needed} pass that; {way_out}"
         )
+
+
+def _served_tokens(config: Config) -> int:
+    """Tokens that the vLLM of the config takes, prompt and answer; 0: what the model does, or no vLLM."""
+    if not config.rollout.engine.startswith("vllm"):
+        return 0
+    return read_options(VllmConfig, config.rollout.options, "rollout.options").max_model_len
 
 
 def _check_budget(longest: int, config: Config) -> None:

@@ -125,6 +125,10 @@ def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp
             {"rollout": {"max_new_tokens": 100_000}, "optim": {"micro_batch_tokens": 200_000}},
             r"was made for \d+ positions; the longest prompt of data\.train .*lower data\.max_prompt_tokens or rollout",
         ),
+        (
+            {"rollout": {"engine": "vllm-server", "options": {"max_model_len": 77}, "max_new_tokens": 64}},
+            r"rollout\.options\.max_model_len = 77: the longest prompt of data\.train \(14 tokens\) .* = 64 pass that",
+        ),
     ],
 )
 def test_prompts_that_a_run_cannot_use_are_refused(tiny_policy, tmp_path, sections, message):
