@@ -126,6 +126,14 @@ def test_the_ends_of_the_unit_interval_give_tokens_of_positive_mass(u):
     assert token.item() == (300 if u == 0.0 else 700)
 
 
+def test_logits_that_are_nan_end_the_sampling_with_their_cause(tiny_model):
+    policy = Policy.load(ModelConfig(path=str(tiny_model)))
+    with torch.no_grad():
+        policy.head.weight[5, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"logits are NaN.*model\.dtype"):
+        TransformersEngine(policy, 8).generate([prompt()], 2, Sampling(max_new_tokens=4))
+
+
 def test_top_k_and_top_p_keep_the_head_of_the_distribution():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(1000, -1)
     u = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ _CHECKED_LENGTHS = (9, 4)
 _MAX_GAP, _MAX_GAP_HALF = 0.01, 0.3
 """Nats: what a decoded token's log-probs may be off by, on average over the vocabulary, with parameters in float32 (where
 rounding makes 1e-5) and in half precision (a replica beside a sharded policy)."""
+_NAN_LOGITS = (
+    "the policy's logits are NaN: its weights are not finite (metrics.jsonl shows since which step), or its activations leave "
+    "the range of model.dtype"
+)
 
 
 class TransformersEngine(LocalEngine):
@@ -140,6 +145,8 @@ class TransformersEngine(LocalEngine):
             token_A, logp_A = sample_tokens(state.logits_AV, uniform_AL[alive, step], sampling)
             for row, token, logp in zip(alive, token_A.tolist(), logp_A.tolist(), strict=True):
                 if row not in finished:
+                    if math.isnan(logp):
+                        raise ValueError(_NAN_LOGITS)
                     rows[row][0].append(token)
                     rows[row][1].append(logp)
                     if token in self.policy.stop_ids:

@@ -15,7 +15,7 @@ def sample_tokens(
     logits_AV: torch.Tensor, uniform_A: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling: token = first v with CDF(v) > u. Returns (token [A], its log-prob [A]), both after temperature,
-    top-k and top-p (what vLLM calls processed log-probs)."""
+    top-k and top-p (what vLLM calls processed log-probs). Of NaN logits the log-prob is NaN, the token any."""
     logp_AV = torch.log_softmax(_truncate(logits_AV.float() / sampling.temperature, sampling), dim=-1)
     token_A1 = _inverse_cdf(logp_AV.exp(), on_device(uniform_A, logp_AV.device))[:, None]
     return token_A1[:, 0], logp_AV.gather(1, token_A1)[:, 0]
@@ -37,7 +37,7 @@ def _inverse_cdf(p_AV: torch.Tensor, uniform_A: torch.Tensor, block: int = 256) 
     # Rounding can put the target at or past the block's own end: then its last token of positive mass is the answer.
     target_A1 = torch.minimum(target_A1 - start_A1, torch.nextafter(inside_AB[:, -1:], inside_AB.new_zeros(())))
     offset_A1 = torch.searchsorted(inside_AB, target_A1, right=True)
-    return (block_A1 * block + offset_A1)[:, 0]
+    return (block_A1 * block + offset_A1)[:, 0].clamp_(max=num_tokens - 1)  # where all is NaN it lies beyond
 
 
 def _truncate(logits_AV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
