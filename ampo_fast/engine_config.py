@@ -69,7 +69,12 @@ class VllmConfig(Section):
             raise ValueError(
                 f"rollout.options.devices names {len(self.devices)} servers, rollout.options.replicas = {self.replicas}; one each"
             )
-        urls = [url for url in self.base_urls if not is_loopback(checked_url(url))]
+        for url in map(checked_url, self.base_urls):
+            if url.endswith("/v1"):
+                raise ValueError(
+                    f"rollout.options.base_urls: {url!r} is one of the server's interfaces; name it without /v1"
+                )
+        urls = [url for url in self.base_urls if not is_loopback(url)]
         exposed = urls or ([self.host] if not self.base_urls and not is_loopback(f"http://{self.host}") else [])
         if exposed and not self.behind_proxy:
             raise ValueError(

@@ -27,11 +27,12 @@ _LONGEST_WAIT_S = 20.0
 
 
 class HttpError(ConnectionError):
-    """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off)."""
+    """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off); `status`:
+    what the server answered, where it did."""
 
-    def __init__(self, message: str, is_passing: bool = False) -> None:
+    def __init__(self, message: str, is_passing: bool = False, status: int | None = None) -> None:
         super().__init__(message)
-        self.is_passing = is_passing
+        self.is_passing, self.status = is_passing, status
 
 
 class JsonClient:
@@ -71,7 +72,7 @@ class JsonClient:
             raise HttpError(f"{method} {url}: {getattr(error, 'reason', error)!r}", True) from None
         if status >= 300:
             shown = text[:_MAX_SHOWN].decode(errors="replace")
-            raise HttpError(f"{method} {url}: HTTP {status}: {shown}", status in _PASSING)
+            raise HttpError(f"{method} {url}: HTTP {status}: {shown}", status in _PASSING, status)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError:

@@ -452,6 +452,15 @@ def test_running_servers_get_our_weights_first_and_are_left_running(make, policy
         make(base_urls=(client.base_url,), key_env="MY_VLLM_KEY").generate(PROMPTS, 3, SAMPLING)
 
 
+def test_a_running_server_without_the_sync_endpoints_is_refused_with_the_way_out(make, running):
+    def do_get(handler):
+        is_open = handler.path.startswith("/v1")
+        handler.reply(200 if is_open else 404, {"data": [{"id": "tiny"}]} if is_open else {"detail": "Not Found"})
+
+    with pytest.raises(ValueError, match="start it with VLLM_SERVER_DEV_MODE=1"):
+        make(base_urls=(running.start(do_GET=do_get),)).start()
+
+
 def test_a_started_server_wants_its_key_and_hears_this_machine_alone(make):
     engine = make()
     engine.generate(PROMPTS[:1], 2, SAMPLING)
@@ -508,6 +517,11 @@ def test_open_sync_endpoints_are_refused_unless_declared(options):
     with pytest.raises(ValueError, match=r"no key.*behind_proxy = true"):
         read_options(VllmConfig, options, "rollout.options")
     assert read_options(VllmConfig, options | {"behind_proxy": True}, "rollout.options").behind_proxy
+
+
+def test_a_server_is_named_without_its_interface():
+    with pytest.raises(ValueError, match=r"8000/v1' is one .* without /v1"):
+        read_options(VllmConfig, {"base_urls": ["http://127.0.0.1:8000/v1/"]}, "rollout.options")
 
 
 def test_loopback_servers_need_no_declaration():

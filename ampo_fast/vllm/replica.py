@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,15 @@ class Replica:
             self._check_settings()
 
     def _check_settings(self) -> None:
-        info = retried(lambda: self.client.get("/server_info?config_format=json"), self.options.attempts)
+        try:
+            info = retried(lambda: self.client.get("/server_info?config_format=json"), self.options.attempts)
+        except HttpError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            raise ValueError(
+                f"{self.name} does not offer what the hand-over of weights needs ({error}); start it with "
+                "VLLM_SERVER_DEV_MODE=1"
+            ) from None
         try:
             mode = info["vllm_config"]["model_config"]["logprobs_mode"]
             is_insecure = info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
