@@ -29,7 +29,11 @@ class VllmConfig(Section):
         False, description="A tunnel or authenticating proxy guards the sync endpoints, which no API key covers."
     )
     key_env: str = Field("VLLM_API_KEY", description="Environment variable with the key of base_urls.")
-    sync_dir: Path | None = Field(None, description="Where weights are handed over; servers elsewhere must see it too.")
+    sync_dir: Path | None = Field(
+        None,
+        description="Where weights are handed over, two versions at a time; servers elsewhere must see it too. Default: "
+        "/dev/shm, or the directory of temporary files where that has no room.",
+    )
     transfer: Literal["file", "nccl"] = Field(
         "file",
         description="How servers get the weights: safetensors in sync_dir, or GPU to GPU by vLLM's weight-transfer API "

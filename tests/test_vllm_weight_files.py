@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ampo_fast.vllm import weight_files
-from ampo_fast.vllm.weight_files import WeightFiles
+from ampo_fast.vllm.weight_files import WeightFiles, roomy_parent
 
 
 @pytest.fixture
@@ -59,6 +60,24 @@ def test_closed_it_leaves_nothing(files, tmp_path):
     files.write(1, [("a", torch.ones(3))])
     files.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_go_where_two_versions_of_them_have_room(tmp_path, monkeypatch):
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    room = {memory: 64, disk: 200}
+    for place in room:
+        place.mkdir()
+    monkeypatch.setattr(weight_files, "_IN_MEMORY", memory)  # a container's own has 64 MiB
+    monkeypatch.setattr(weight_files.tempfile, "gettempdir", lambda: str(disk))
+    monkeypatch.setattr(weight_files.shutil, "disk_usage", lambda place: SimpleNamespace(free=room[place]))
+    assert roomy_parent(None, 32) == memory
+    assert roomy_parent(None, 33) == disk
+    with pytest.raises(ValueError, match=r"GiB in .*memory, .*disk; set rollout\.options\.sync_dir to"):
+        roomy_parent(None, 101)
+    with pytest.raises(ValueError, match=r"free are .* GiB in .*memory; set"):
+        roomy_parent(memory, 33)
+    with pytest.raises(ValueError, match=r"sync_dir = .*nowhere' is not a directory"):
+        roomy_parent(tmp_path / "nowhere", 1)
 
 
 def test_a_trainer_that_is_killed_leaves_nothing(tmp_path):

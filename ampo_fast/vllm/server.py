@@ -31,7 +31,7 @@ from ampo_fast.vllm.canary import Canary, SyncError
 from ampo_fast.vllm.process import ServerDied, make_processes
 from ampo_fast.vllm.replica import Replica
 from ampo_fast.vllm.requests import request_fields
-from ampo_fast.vllm.weight_files import WeightFiles
+from ampo_fast.vllm.weight_files import WeightFiles, roomy_parent
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class VllmServerEngine:
         self.canary.check_room(options.max_model_len, "rollout.options.max_model_len")
         self.compute_dtype = getattr(torch, dtype)
         self.replicas = _replicas(policy, options, dtype)
-        self._files = WeightFiles(options.sync_dir, self.compute_dtype)
+        num_bytes = _size(policy, self.compute_dtype) if options.transfer == "file" else 0
+        self._files = WeightFiles(roomy_parent(options.sync_dir, num_bytes), self.compute_dtype)
         self._is_started = self._is_closed = False
         self._pick_lock = threading.Lock()
         atexit.register(self.close)
@@ -323,6 +324,11 @@ class VllmServerEngine:
         for replica in self.replicas:
             replica.close()
         self._files.close()
+
+
+def _size(policy: Policy, dtype: torch.dtype) -> int:
+    """Bytes of the weights as files hold them, a tied head beside its embedding."""
+    return sum(tensor.numel() for tensor in policy.model.state_dict().values()) * dtype.itemsize
 
 
 def _replicas(policy: Policy, options: VllmConfig, dtype: str) -> list[Replica]:

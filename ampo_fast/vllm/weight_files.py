@@ -16,17 +16,37 @@ from ampo_fast.files import save_tensors
 from ampo_fast.named_weights import pieces
 
 _FILE_BYTES = 1 << 30
+_IN_MEMORY = Path("/dev/shm")
 _REMOVE_AT_END = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+
+
+def roomy_parent(sync_dir: Path | None, num_bytes: int) -> Path:
+    """rollout.options.sync_dir; where that is not set memory, or else the disk of temporary files. Raises ValueError where
+    two versions of num_bytes find no room: the old one stays until every server has the new one."""
+    if sync_dir is not None and not os.access(sync_dir, os.W_OK):
+        raise ValueError(
+            f"rollout.options.sync_dir = {str(sync_dir)!r} is not a directory that can be written; make it"
+        )
+    places = [sync_dir.absolute()] if sync_dir is not None else [_IN_MEMORY, Path(tempfile.gettempdir())]
+    free = {place: shutil.disk_usage(place).free for place in places if os.access(place, os.W_OK)}
+    found = next((place for place, room in free.items() if room >= 2 * num_bytes), None)
+    if found is None:
+        shown = ", ".join(f"{room / 2**30:.2f} GiB in {place}" for place, room in free.items())
+        raise ValueError(
+            f"the weights go to the servers through files, of two versions at a time: {2 * num_bytes / 2**30:.2f} GiB; free "
+            f"are {shown}; set rollout.options.sync_dir to a directory with more room"
+        )
+    return found
 
 
 class WeightFiles:
     """`newest` is a directory of safetensors, each tensor by name, a tied head beside its embedding: vLLM keeps a stale head
     otherwise."""
 
-    def __init__(self, parent: Path | None, dtype: torch.dtype) -> None:
+    def __init__(self, parent: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.newest: Path | None = None
-        self._parent = parent or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
+        self._parent = parent
         self._folder: Path | None = None
         self._remover: subprocess.Popen | None = None
 
