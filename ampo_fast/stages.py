@@ -29,6 +29,7 @@ from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import check_missing, make_reward, score_group
 from ampo_fast.rollouts.batches import generation_batches
 from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.protocol import RolloutEngine
 from ampo_fast.sampler import admit_prompts
 from ampo_fast.select import RewardTolerance, select_groups
 from ampo_fast.stage_files import (
@@ -51,6 +52,8 @@ KeepRows = Callable[[Sequence[Row]], None]
 
 _BATCH_PROMPTS = 64
 """Prompts scored, embedded or selected between two writes."""
+_SERVED_PROMPTS = 1024
+"""Prompts that servers are asked in one call: they idle at the end of a call alone, and its answers are in memory till then."""
 
 _SETTINGS = {
     "generate": (
@@ -89,11 +92,10 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
     _claim("generate", config, output)
     policy = Policy.load(config.model)
     prompts = admit_prompts(prompts, policy, config, field)
-    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
     rollout = config.rollout
     sampling = rollout.sampling(config.run.seed)
-    batches = [[prompts[i] for i in batch] for batch in generation_batches(lengths, rollout.n, rollout.batch_rows)]
     engine = make_engine(config, policy)
+    batches = _asked_together(prompts, engine, policy, config)
 
     def answer(batch: Sequence[Prompt], keep: KeepRows) -> None:
         engine.generate(batch, rollout.n, sampling, lambda groups: keep(list(map(row_from_group, groups))))
@@ -102,6 +104,17 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
         return _append("generate", output, prompts, batches, answer, singly=engine.answers_singly)
     finally:
         engine.close()
+
+
+def _asked_together(
+    prompts: Sequence[Prompt], engine: RolloutEngine, policy: Policy, config: Config
+) -> list[list[Prompt]]:
+    """The prompts of each call of the engine."""
+    if engine.answers_for_all:  # servers, which batch what they are asked themselves
+        return [list(prompts[at : at + _SERVED_PROMPTS]) for at in range(0, len(prompts), _SERVED_PROMPTS)]
+    lengths = [len(policy.encode_prompt(prompt.messages)) for prompt in prompts]
+    batches = generation_batches(lengths, config.rollout.n, config.rollout.batch_rows)
+    return [[prompts[i] for i in batch] for batch in batches]
 
 
 def score(config: Config, source: Path, output: Path) -> int:

@@ -42,7 +42,7 @@ def encode_prompt(messages):
 class FakeEngine:
     """Answers that betray which prompts were answered together: only whole batches redone give the same bytes."""
 
-    answers_singly = False
+    answers_singly = answers_for_all = False
 
     def __init__(self):
         self.batches, self.is_closed = [], False
@@ -144,6 +144,12 @@ def test_generate_writes_one_row_per_prompt_in_the_inputs_order(pipeline, fakes)
     assert rows[3]["responses"][1]["content"] == "p3.1 (p1+p3, 3)"
     assert rows[3]["responses"][1]["logp"] == [-0.1, -1]
     assert rows[3]["responses"][1]["reward"] is None
+
+
+def test_servers_are_asked_for_many_prompts_at_a_time(tmp_path, prompts, fakes, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "answers_for_all", True)
+    stages.generate(make_config(), prompts, tmp_path / "g.jsonl")
+    assert fakes.engines[0].batches == [["p0", "p1", "p2", "p3", "p4"]]
 
 
 def test_generate_reads_data_train_without_an_input(tmp_path, prompts, fakes):
