@@ -18,6 +18,7 @@ from ampo_fast.assets import resolve_model
 from ampo_fast.config import Config
 from ampo_fast.dispatch import on_device
 from ampo_fast.model import Policy
+from ampo_fast.model_limits import context_length
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class SentenceEncoder:
             raise ValueError(f"embed.model = {path!r} cannot be loaded: {error}") from error
         self.model = model.to(distributed.device()).eval()
         self.batch_rows = batch_rows
-        self.window = self.model.config.max_position_embeddings - self.tokenizer.num_special_tokens_to_add()
+        self.window = (context_length(self.model) or 512) - self.tokenizer.num_special_tokens_to_add()
         self.num_windowed = 0
         # The reward and the selector often look at the same texts in one step: encode each once.
         self._recent: dict[str, torch.Tensor] = {}

@@ -7,8 +7,16 @@ from typing import Any
 
 
 def context_length(model: Any) -> int | None:
-    """The positions that the model was made for; None where its config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The positions that the model was made for; None where its config names none.
+
+    RoBERTa and its kin (XLM-R, MPNet) count from behind their padding token's position: 2 of their 514 are never a token's.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return module.num_embeddings - padding - 1
+    return positions
 
 
 def rope_limit(model: Any) -> tuple[str, int] | None:

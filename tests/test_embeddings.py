@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 
+from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
 from ampo_fast.embeddings import PolicyEmbedder, SentenceEncoder
 from ampo_fast.model import Policy
@@ -40,6 +41,19 @@ def test_long_texts_are_averaged_over_windows_counted_and_said_once(encoder, cap
     ]
     (head,) = encoder.embed(["the sea is wide and blue " * 80])
     assert 0.3 < vector @ head < 0.999  # neither cut to the head nor unrelated to it
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_a_window_holds_no_more_than_an_encoder_that_counts_from_its_padding_can_place(tmp_path, kind):
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(resolve_model("package:all-minilm-l6-v2", "embed.model")).save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model(kind, vocab_size=30522, max_position_embeddings=34, pad_token_id=1, **shape)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    encoder = SentenceEncoder(str(tmp_path))
+    assert encoder.window == 34 - 2 - 2  # [CLS] and [SEP]; positions 0 and 1 are never a token's
+    assert encoder.embed(["a dog barks " * 40]).isfinite().all()
 
 
 def test_policy_embeddings_are_of_the_response_alone(tiny_policy):
