@@ -108,6 +108,23 @@ def test_a_response_scores_the_same_in_any_company(backbone):
     assert torch.allclose(torch.cat(listed), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_no_forward_of_an_encoder_holds_more_tokens_than_it_is_told(tiny_bert, pooling):
+    model = load(tiny_bert, pooling=pooling)
+    texts = tuple(GivenResponse(content=letter) for letter in "abcdefgh")
+    asked = prompt(0, "why " * 25).messages
+    encoded = [model.encode(Prompt(id=f"{i}", messages=asked, responses=texts)) for i in range(3)]
+    sizes = []
+    model.model.base_model.embeddings.register_forward_hook(
+        lambda m, args, out: sizes.append(out.shape[0] * out.shape[1])
+    )
+    if pooling == "mean":
+        model.standardise_pooling(encoded, max_tokens=200)
+    model.score_groups(encoded, max_tokens=200)
+    assert encoded[0].packed_tokens < 100 < len(encoded[0].ids) * len(encoded[0].ids[0])
+    assert max(sizes) <= 200
+
+
 def test_frozen_blocks_are_computed_once_and_change_nothing(backbone):
     full, part = load(backbone), load(backbone, trained_blocks=1)
     encoded = encode(part)

@@ -44,7 +44,7 @@ def test_the_first_token_becomes_the_mean_of_all(tiny_bert, kept):
 def test_padding_does_not_count_and_the_pooler_standardises(tiny_bert, trained):
     model = load(tiny_bert, pooling="mean", keep_blocks=1, trained_blocks=trained)
     encoded = encode(model)
-    model.standardise_pooling(encoded)
+    model.standardise_pooling(encoded, max_tokens=64)
     first_nD = pooled(model, encoded)
     texts = {ids: row for ids, row in zip([i for g in encoded for i in g.ids], first_nD, strict=True)}
     unique_nD = torch.stack(list(texts.values()))
@@ -72,7 +72,7 @@ def test_the_frozen_blocks_run_once_and_change_nothing(tiny_bert):
 def test_the_export_scores_the_same_in_hf_and_is_not_changed_again(tiny_bert, tmp_path):
     model = load(tiny_bert, pooling="mean", keep_blocks=0, trained_blocks=0)
     encoded = encode(model)
-    model.standardise_pooling(encoded)
+    model.standardise_pooling(encoded, max_tokens=64)
     assert model.export(tmp_path / "out", encoded) < 1e-5
     again = load(tmp_path / "out")
     assert torch.allclose(again(encode(again)), model(encoded), atol=1e-6)

@@ -87,7 +87,10 @@ class RewardLossConfig(Section):
 
 class RewardOptimConfig(BaseOptimConfig):
     prompts_per_step: Positive = Field(16, description="Groups per optimizer step.")
-    micro_batch_tokens: Positive = Field(4096, description="Packed tokens per forward; a longer group runs alone.")
+    micro_batch_tokens: Positive = Field(
+        4096,
+        description="Tokens per forward: of a decoder packed, of an encoder each text whole; a longer group runs alone.",
+    )
     lr: Annotated[float, Field(gt=0.0)] = Field(2e-5, description="Peak learning rate of AdamW.")
 
 

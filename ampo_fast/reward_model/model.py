@@ -7,6 +7,7 @@ Shapes: M responses, T packed tokens, L padded length, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,21 +114,27 @@ class RewardModel(nn.Module):
         ids = self.text.encode(group.messages, [response.content for response in group.responses])
         return EncodedGroup(f"{group.id}", tuple(ids), _shared_length(ids))
 
-    def forward(self, groups: Sequence[EncodedGroup]) -> torch.Tensor:
-        """[M] float32: one score per response, groups in order."""
+    def num_tokens(self, group: EncodedGroup) -> int:
+        """What a forward of the group holds, but for padding: its shared beginning once, or with each response."""
+        return group.packed_tokens if self.is_shared else sum(map(len, set(group.ids)))
+
+    def forward(self, groups: Sequence[EncodedGroup], max_tokens: float = math.inf) -> torch.Tensor:
+        """[M] float32: one score per response, groups in order. max_tokens: of a batch of whole texts."""
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            scores = self._packed(groups) if self.is_shared else self._padded([i for g in groups for i in g.ids])
+            rows = [ids for group in groups for ids in group.ids]
+            scores = self._packed(groups) if self.is_shared else self._padded(rows, max_tokens)
         self.num_read += sum(len(ids) for group in groups for ids in group.ids)
         return scores.float()
 
     @torch.no_grad()
     def score_groups(self, groups: Sequence[EncodedGroup], max_tokens: int) -> list[torch.Tensor]:
         """[N] float32 on the CPU for each group; groups of like length run together."""
-        order = sorted(range(len(groups)), key=lambda i: groups[i].packed_tokens)
+        lengths = [self.num_tokens(group) for group in groups]
+        order = sorted(range(len(groups)), key=lengths.__getitem__)
         found: dict[int, torch.Tensor] = {}
-        for chunk in token_runs([groups[i].packed_tokens for i in order], max_tokens):
+        for chunk in token_runs([lengths[i] for i in order], max_tokens):
             batch = [groups[order[i]] for i in chunk]
-            parts = self(batch).cpu().split([len(group.ids) for group in batch])
+            parts = self(batch, max_tokens).cpu().split([len(group.ids) for group in batch])
             found |= {order[i]: part for i, part in zip(chunk, parts, strict=True)}
         return [found[i] for i in range(len(groups))]
 
@@ -164,14 +171,14 @@ class RewardModel(nn.Module):
 
     # --- everything else ----------------------------------------------------------------------------------------------
 
-    def _padded(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _padded(self, rows: Sequence[tuple[int, ...]], max_tokens: float) -> torch.Tensor:
         """Each different row once, in chunks of like lengths, through HF's own forward."""
         unique = sorted(set(rows), key=len)
         place = {ids: i for i, ids in enumerate(unique)}
         if self.reads_first:
-            scores_U = self._head(self._first_tokens(unique))
+            scores_U = self._head(self._first_tokens(unique, max_tokens))
         else:
-            scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique)])
+            scores_U = torch.cat([self._padded_chunk(chunk) for chunk in _like_lengths(unique, max_tokens)])
         return scores_U[torch.tensor([place[ids] for ids in rows], device=self.device)]
 
     def _padded_chunk(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -194,10 +201,10 @@ class RewardModel(nn.Module):
             del inputs["attention_mask"]  # nothing is padded, and attention is faster without a mask
         return inputs
 
-    def _first_tokens(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _first_tokens(self, rows: Sequence[tuple[int, ...]], max_tokens: float) -> torch.Tensor:
         """[n, D] what the frozen blocks leave at each row's first token, computed once."""
         found = {ids: self.frozen.kept[ids] for ids in rows if ids in self.frozen.kept}
-        for chunk in _like_lengths([ids for ids in rows if ids not in found]):
+        for chunk in _like_lengths([ids for ids in rows if ids not in found], max_tokens):
             for ids, first_D in zip(chunk, mean_first_tokens(self.model, self._inputs(chunk)), strict=True):
                 found[ids] = first_D
                 self.frozen.keep(ids, first_D)
@@ -207,13 +214,13 @@ class RewardModel(nn.Module):
         return self.model.classifier(self.model.base_model.pooler(first_nD[:, None]))[:, 0]
 
     @torch.no_grad()
-    def standardise_pooling(self, groups: Sequence[EncodedGroup]) -> None:
+    def standardise_pooling(self, groups: Sequence[EncodedGroup], max_tokens: int) -> None:
         """Fits model.pooling = "mean" to the spread of these responses; to be called once, before training."""
         rows = sorted({ids for group in groups for ids in group.ids}, key=lambda ids: (len(ids), ids))
         if self.reads_first:
-            first_nD = self._first_tokens(rows)
+            first_nD = self._first_tokens(rows, max_tokens)
         else:
-            first_nD = torch.cat([self._run_to_pooler(chunk) for chunk in _like_lengths(rows)])
+            first_nD = torch.cat([self._run_to_pooler(chunk) for chunk in _like_lengths(rows, max_tokens)])
         standardise(self.model, first_nD)
 
     def _run_to_pooler(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -280,15 +287,16 @@ def _compare_scores(ours: RewardModel, reloaded: Any, sample: Sequence[EncodedGr
     return gap
 
 
-def _like_lengths(rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Rows, shortest first, in runs whose padding stays below a tenth, unless the run is too short to be worth a batch."""
+def _like_lengths(rows: Sequence[tuple[int, ...]], max_tokens: float) -> list[list[tuple[int, ...]]]:
+    """Rows, shortest first, in runs of at most max_tokens, padding included (one row may be longer alone), whose padding
+    stays below a tenth, unless the run is too short to be worth a batch."""
     chunks: list[list[tuple[int, ...]]] = []
     tokens = 0
     for ids in rows:
         if chunks:
             padded = len(ids) * (len(chunks[-1]) + 1)
             is_wasteful = padded > (1.0 + _MAX_WASTE) * (tokens + len(ids)) and tokens >= _MIN_CHUNK_TOKENS
-        if not chunks or is_wasteful:
+        if not chunks or is_wasteful or padded > max_tokens:
             chunks.append([])
             tokens = 0
         chunks[-1].append(ids)

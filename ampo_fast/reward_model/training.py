@@ -78,7 +78,7 @@ class RewardTrainer:
         self.train_items = self._encode(train, "data.train")
         self.held_items = self._encode(held, "data.eval")
         if config.model.pooling == "mean":
-            self.model.standardise_pooling([item.encoded for item in self.train_items])
+            self.model.standardise_pooling([item.encoded for item in self.train_items], config.optim.micro_batch_tokens)
         self.length_weight = fit_length_weight(self.train_items) if config.loss.length_control else 0.0
         self.optimizer = make_optimizer(self.model.parameters(), config.optim)
         per_epoch = math.ceil(len(self.train_items) / config.optim.prompts_per_step)
@@ -144,6 +144,13 @@ class RewardTrainer:
             for at in range(0, len(order), size):
                 yield [self.train_items[i] for i in order[at : at + size]]
 
+    def _micro_batches(self, items: Sequence[Item]) -> list[list[Item]]:
+        """Whole groups, like lengths together: little padding, and at most micro_batch_tokens each (a longer one alone)."""
+        lengths = [self.model.num_tokens(item.encoded) for item in items]
+        order = sorted(range(len(items)), key=lengths.__getitem__)
+        runs = token_runs([lengths[i] for i in order], self.config.optim.micro_batch_tokens)
+        return [[items[order[i]] for i in run] for run in runs]
+
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def _update(self, step: int, items: Sequence[Item]) -> None:
@@ -151,7 +158,7 @@ class RewardTrainer:
         lr = learning_rate(step, self.num_steps, config)
         total, sums = torch.zeros(()), {}
         with self.progress.phase("forward_backward"):
-            for batch in _micro_batches(items, config.micro_batch_tokens):
+            for batch in self._micro_batches(items):
                 output = self._loss(self.model([item.encoded for item in batch]), batch)
                 loss = output.per_group_B.sum() / len(items)
                 loss.backward()
@@ -278,12 +285,6 @@ def fit_length_weight(items: Sequence[Item]) -> float:
         raise ValueError(
             f"loss.length_control: the length decides every pair, nothing else is left to learn: {error}"
         ) from None
-
-
-def _micro_batches(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
-    """Whole groups, like lengths together: little padding, and at most max_tokens each (a longer group runs alone)."""
-    order = sorted(items, key=lambda item: item.encoded.packed_tokens)
-    return [[order[i] for i in chunk] for chunk in token_runs([i.encoded.packed_tokens for i in order], max_tokens)]
 
 
 def _eval_steps(per_epoch: int, config: RewardTrainingConfig) -> set[int]:
