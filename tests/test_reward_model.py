@@ -146,6 +146,41 @@ def test_frozen_blocks_are_computed_once_and_change_nothing(backbone):
     assert 0 < len(trained) < len(list(part.parameters()))
 
 
+OTHER_LAYOUTS = {
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "bos_token_id": 2, "eos_token_id": 3},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "share_att_key": True,
+    },
+    "mpnet": {"pad_token_id": 0},
+    "modernbert": {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LAYOUTS)
+def test_what_the_frozen_blocks_read_is_frozen_wherever_it_stands(tiny_bert, tmp_path, kind):
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 140}
+    shape |= {"intermediate_size": 32} if kind != "opt" else {}
+    torch.manual_seed(0)
+    made = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **shape, **OTHER_LAYOUTS[kind]))
+    made.save_pretrained(tmp_path)
+    kept, computed = load(tmp_path, trained_blocks=1), load(tmp_path, trained_blocks=1, cache_mib=0)
+    encoded = encode(kept)
+    trained = [p for p in kept.parameters() if p.requires_grad]
+    for model in (kept, computed):
+        model(encoded).sum().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert len(kept.frozen.kept) > 0
+    assert 0 < len(trained) < len(list(kept.parameters()))
+    torch.testing.assert_close(kept(encoded), computed(encoded))
+
+
 def test_a_full_cache_falls_back_to_computing(tiny_bert, caplog):
     model = load(tiny_bert, trained_blocks=1, cache_mib=0)
     runs = []

@@ -46,7 +46,11 @@ class FrozenBlocks:
                 "leave it out to train everything"
             )
         self.count = len(self._blocks) - trained
-        _freeze(model.base_model, self._blocks, self.count)
+        output = _first_output(model.base_model, self._blocks[self.count - 1])
+        self._is_tuple = isinstance(output, tuple)
+        self._blocks[: self.count].requires_grad_(False)
+        for parameter in _read_by(_hidden(output)):
+            parameter.requires_grad_(False)
 
     @property
     def kept(self) -> dict[Hashable, torch.Tensor]:
@@ -72,7 +76,7 @@ class FrozenBlocks:
         finally:
             hook.remove()
         for key, (row, start, end) in zip(keys, units, strict=True):
-            self.keep(key, seen[0][row, start:end])
+            self.keep(key, _hidden(seen[0])[row, start:end])
         return result
 
     def share(self, other: FrozenBlocks) -> None:
@@ -100,9 +104,8 @@ class FrozenBlocks:
     @contextlib.contextmanager
     def _replaced(self, hidden_nLD: torch.Tensor) -> Iterator[None]:
         blocks = list(self._blocks)
-        self._blocks[self.count - 1] = _Constant(hidden_nLD)
-        for i in range(self.count - 1):
-            self._blocks[i] = Skip()
+        for i, block in enumerate(blocks[: self.count]):
+            self._blocks[i] = StandIn(block, hidden_nLD if i == self.count - 1 else None, self._is_tuple)
         try:
             yield
         finally:
@@ -110,18 +113,19 @@ class FrozenBlocks:
                 self._blocks[i] = block
 
 
-class Skip(nn.Module):
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+class StandIn(nn.Module):
+    """In a block's place: gives what it is made with, or what it is given; all else that is asked of it is the block's."""
 
-
-class _Constant(nn.Module):
-    def __init__(self, hidden_nLD: torch.Tensor) -> None:
+    def __init__(self, block: nn.Module, hidden_nLD: torch.Tensor | None = None, is_tuple: bool = False) -> None:
         super().__init__()
-        self.hidden_nLD = hidden_nLD
+        self.__dict__ |= {"block": block, "hidden_nLD": hidden_nLD, "is_tuple": is_tuple}  # no submodule of this one
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.hidden_nLD
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden_nLD = hidden_states if self.hidden_nLD is None else self.hidden_nLD
+        return (hidden_nLD, None) if self.is_tuple else hidden_nLD
 
 
 def find_blocks(base: nn.Module) -> nn.ModuleList:
@@ -132,11 +136,29 @@ def find_blocks(base: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _freeze(base: nn.Module, blocks: nn.ModuleList, count: int) -> None:
-    """Everything that runs before block `count`: what stands before the blocks in the model, and the first blocks."""
-    for child in base.children():
-        if any(module is blocks for module in child.modules()):
-            break
-        child.requires_grad_(False)
-    for block in blocks[:count]:
-        block.requires_grad_(False)
+def _hidden(output: Any) -> torch.Tensor:
+    """A block's output without the attention that DeBERTa and MPNet give beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _first_output(base: nn.Module, block: nn.Module) -> Any:
+    """What the block gives in a forward of a few tokens, with its graph."""
+    seen: list[Any] = []
+    with block.register_forward_hook(lambda module, args, output: seen.append(output)), torch.enable_grad():
+        base(input_ids=torch.tensor([[0, 1, 2]], device=base.device))
+    return seen[0]
+
+
+def _read_by(tensor: torch.Tensor) -> list[nn.Parameter]:
+    """The parameters that it depends on. Where a module stands does not say: OPT's embeddings stand beside its blocks, and
+    every block of DeBERTa reads the encoder's rel_embeddings."""
+    found, seen, left = [], set(), [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        left += [before for before, _ in node.next_functions]
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ampo_fast.reward_model.frozen_blocks import Skip, find_blocks
+from ampo_fast.reward_model.frozen_blocks import StandIn, find_blocks
 
 _PARTS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
           "attention.output.LayerNorm", "output.dense", "output.LayerNorm")  # fmt: skip
@@ -60,7 +60,7 @@ def mean_first_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tens
     """[n, D] the first tokens after the appended block, without running it: it does nothing but average."""
     blocks = find_blocks(model.base_model)
     block = blocks[-1]
-    blocks[-1] = Skip()
+    blocks[-1] = StandIn(block)
     try:
         hidden_nLD = model.base_model(**inputs).last_hidden_state
     finally:
