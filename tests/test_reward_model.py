@@ -223,10 +223,12 @@ def test_any_hf_user_reads_the_same_tokens(backbone):
     assert model.text.pad_id != encode(model)[0].ids[0][-1]
 
 
-def test_overlong_texts_keep_the_question_and_their_closing(backbone):
+def test_overlong_texts_keep_their_opening_the_question_and_their_closing(backbone):
     model = RewardModel.load(RewardModelConfig(path=backbone), max_tokens=20, seed=0)
     (ids,) = model.text.encode(prompt(0, "x" * 60 + "why?").messages, ["c" * 60])
+    (whole,) = model.text.encode(prompt(0, "x").messages, ["c"])
     assert len(ids) == 20
+    assert ids[0] == whole[0]
     assert ids[-1] == model.text.closing_id
     assert model.text.num_truncated == 1
     assert model.text.is_overlong(prompt(0, "x").messages, "c" * 60)

@@ -36,7 +36,11 @@ class RewardText:
         return self._closing[-1]
 
     def encode(self, messages: Sequence[dict[str, str]], responses: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of prompt + response, for each response. Beyond max_tokens the response's end is cut, counted."""
+        """Token ids of prompt + response, for each response.
+
+        Beyond max_tokens the response's end is cut, counted; of a prompt over half of them its beginning, but for the token
+        that opens every text: a BERT's head reads it, and a Llama without its BOS is another model.
+        """
         texts = [self._template(messages, response) for response in responses]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [self._fit(tuple(ids), messages) for ids in encoded]
@@ -57,7 +61,8 @@ class RewardText:
         length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         half = self.max_tokens // 2
         if length > half:  # the prompt's end stays: it holds the question
-            ids = ids[length - half : length] + ids[length:]
+            opening = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else ()
+            ids = opening + ids[length - half + len(opening) : length] + ids[length:]
         return ids[: self.max_tokens - len(self._closing)] + self._closing
 
     def _closing_ids(self) -> tuple[int, ...]:
