@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from builders import prompt
+from conftest import make_tiny_model
 
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.model import RewardModel
@@ -261,3 +263,24 @@ def test_a_classifier_of_several_classes_is_refused(tiny_model, tmp_path):
 def test_more_tokens_than_positions_are_refused(tiny_bert):
     with pytest.raises(ValueError, match=r"max_tokens = 129, but it has 128 positions"):
         RewardModel.load(RewardModelConfig(path=str(tiny_bert)), max_tokens=129, seed=0)
+
+
+def test_a_text_fits_the_positions_and_the_rope_of_its_model(tiny_bert, tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaModel(
+        RobertaConfig(vocab_size=len(tokenizer), pad_token_id=0, max_position_embeddings=33, **shape)
+    ).save_pretrained(tmp_path / "roberta")
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 8.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    long = make_tiny_model(tmp_path / "long", rope_parameters=rope)
+    for path, limit in ((tmp_path / "roberta", 32), (long, 64)):
+        with pytest.raises(ValueError, match=rf"max_tokens = {limit + 1}, but it"):
+            RewardModel.load(RewardModelConfig(path=str(path)), max_tokens=limit + 1, seed=0)
+        model = RewardModel.load(RewardModelConfig(path=str(path)), seed=0)
+        assert model.text.max_tokens == limit
+        (encoded,) = [model.encode(replace(group, messages=prompt(0, "why " * 99).messages)) for group in groups()[:1]]
+        assert model([encoded]).isfinite().all()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
+from ampo_fast.model_limits import context_length, rope_limit
 from ampo_fast.reward_model.config import RewardModelConfig
 
 log = logging.getLogger(__name__)
 
 
-def token_limit(wanted: int | None, tokenizer: Any, settings: Any) -> int:
-    """data.max_tokens, else what an exported reward model says of its longest input, else its positions."""
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+def token_limit(wanted: int | None, tokenizer: Any, model: Any) -> int:
+    """data.max_tokens, else what an exported reward model says of its longest input, else its positions.
+
+    Of a rope that changes with the length no more than its first limit: one longer text would change the scores beside it.
+    """
+    positions, rope = context_length(model), rope_limit(model)
     if wanted is None:
-        return min(tokenizer.model_max_length, positions or 512)
+        return min(tokenizer.model_max_length, positions or 512, rope[1] if rope else math.inf)
     if positions is not None and wanted > positions:
         raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
+    if rope and wanted > rope[1]:
+        raise ValueError(
+            f"data.max_tokens = {wanted}, but its rope (type {rope[0]}) changes beyond {rope[1]} tokens for all texts of a "
+            "forward; lower data.max_tokens"
+        )
     return wanted
 
 

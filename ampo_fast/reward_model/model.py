@@ -90,13 +90,14 @@ class RewardModel(nn.Module):
             check_outputs(settings, config.path, field)
             settings.num_labels = 1
             cut_blocks(settings, config, field)
-            text = RewardText(tokenizer, token_limit(max_tokens, tokenizer, settings))
+            text = RewardText(tokenizer)
             settings.get_text_config().pad_token_id = text.pad_id
             if seed is not None:
                 torch.manual_seed(seed)  # of the new head
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, config=settings, dtype=torch.float32, output_loading_info=True, **options
             )
+            text.limit(token_limit(max_tokens, tokenizer, model))
         except (OSError, ValueError, RuntimeError) as error:
             where = from_hub(source)
             raise ValueError(f"{field} = {config.path!r}{where} cannot be loaded as a classifier: {error}") from error

@@ -18,17 +18,21 @@ _MARKER = "ampo"
 class RewardText:
     """A tokenizer with a template and a limit, both saved with the model: the same text always has the same ids."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    max_tokens: int
+
+    def __init__(self, tokenizer: Any) -> None:
+        """limit() is to be called before a text is read."""
         if not tokenizer.chat_template:
             if tokenizer.cls_token is None or tokenizer.sep_token is None:
                 raise ValueError("the tokenizer has no chat template; put a chat_template.jinja beside it")
             tokenizer.chat_template = _plain_template(tokenizer)
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self.num_truncated = 0
-        tokenizer.model_max_length = max_tokens
         self._closing = self._closing_ids()
         self.pad_id = self._choose_pad()
+
+    def limit(self, max_tokens: int) -> None:
+        self.max_tokens = self.tokenizer.model_max_length = max_tokens
 
     @property
     def closing_id(self) -> int:
