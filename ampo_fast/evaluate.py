@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +97,28 @@ def check_same_vocabulary(policy: Policy, reference: Policy) -> None:
 
 
 def _sums(policy: Policy, groups: Sequence[Prompt]) -> list[list[float]]:
-    """log pi of each response, in nats."""
+    """log pi of each response, in nats. Raises ValueError where one is longer than the model was made for."""
     made = [_candidates(policy, group) for group in groups]
+    _check_lengths(policy, made)
     logp_R = response_logp(policy, made, _MAX_TOKENS).double()
     lengths = [len(candidate.token_ids) for group in made for candidate in group.candidates]
     sums = iter([part.sum().item() for part in logp_R.split(lengths)])
     return [list(itertools.islice(sums, len(group.candidates))) for group in made]
+
+
+def _check_lengths(policy: Policy, groups: Sequence[CandidateGroup]) -> None:
+    """Beyond its positions a model is not itself, and a rope that changes there changes for all that run beside."""
+    limit = min(policy.context_length or math.inf, policy.rope_limit[1] if policy.rope_limit else math.inf)
+    long = [
+        group.prompt.where or group.prompt.id
+        for group in groups
+        if len(group.prompt_ids) + max(len(candidate.token_ids) for candidate in group.candidates) > limit
+    ]
+    if long:
+        raise ValueError(
+            f"{policy.source} was made for {limit} tokens; prompt and response are longer in {len(long)} of {len(groups)} "
+            f"rows: {', '.join(long[:5])}{', ...' if len(long) > 5 else ''}; leave them out of the file"
+        )
 
 
 def _candidates(policy: Policy, group: Prompt) -> CandidateGroup:

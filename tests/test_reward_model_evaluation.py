@@ -127,6 +127,14 @@ def test_implicit_rewards_are_beta_times_the_log_ratio(tiny_model, tmp_path):
     assert found == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_pair_that_is_longer_than_the_model_was_made_for_is_refused(tmp_path):
+    small = str(make_tiny_model(tmp_path / "small", max_position_embeddings=40))
+    short, long = group([1.0, 0.0], [3, 6]), replace(group([1.0, 0.0], [3, 60]), id="long")
+    assert implicit_rewards(small, small, 0.1, [short]) == [[0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"made for 40 tokens; .* longer in 1 of 2 rows: long; leave them out"):
+        implicit_rewards(small, small, 0.1, [short, long])
+
+
 def test_a_reference_of_another_vocabulary_is_refused(tiny_policy, tiny_model, tmp_path):
     import shutil
 
