@@ -6,6 +6,7 @@ Shapes: n texts, W windows, L tokens of a window, E embedding, D hidden.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -74,24 +75,9 @@ class SentenceEncoder:
     def _encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Means over a text's windows of the windows' pooled vectors, [n, E]."""
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        windows, owner = [], []
-        for i, tokens in enumerate(ids):
-            pieces = [tokens[at : at + self.window] for at in range(0, len(tokens), self.window)] or [[]]
-            windows += pieces
-            owner += [i] * len(pieces)
-        self._count_windowed(sum(len(tokens) > self.window for tokens in ids), len(texts))
-        pooled_WE = self._pool_windows(windows)
-        owner_W = torch.tensor(owner)
-        sum_NE = torch.zeros(len(texts), pooled_WE.shape[1]).index_add_(0, owner_W, pooled_WE)
-        return normalize(sum_NE, dim=1)
-
-    def _count_windowed(self, count: int, total: int) -> None:
-        if count and not self.num_windowed:  # once: the run's summary has the sum
-            log.warning(
-                "%d of %d texts are longer than the sentence encoder's window of %d tokens: averaged over windows",
-                count, total, self.window,
-            )  # fmt: skip
-        self.num_windowed += count
+        windows, owner_W = _windows(ids, self.window)
+        self.num_windowed += _count_windowed(ids, self.window, "sentence encoder", self.num_windowed == 0)
+        return _direction_of_sums(self._pool_windows(windows), owner_W, len(texts))
 
     def _pool_windows(self, windows: Sequence[list[int]]) -> torch.Tensor:
         """[W, E] on the CPU, in the order of the windows."""
@@ -120,17 +106,44 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
 
 
 class PolicyEmbedder:
-    """Mean over tokens of the policy's own last hidden state, of the response alone."""
+    """Mean over tokens of the policy's own last hidden state, of the response alone. What the data holds can be longer than
+    the policy was made for: it runs in windows."""
 
     def __init__(self, policy: Policy, batch_rows: int = 64) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
+        rope = policy.rope_limit
+        self.window = min(policy.context_length or sys.maxsize, rope[1] if rope else sys.maxsize)
         self.num_windowed = 0
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         rows = [self.policy.encode_response(text) for text in place]
-        batches = [rows[at : at + self.batch_rows] for at in range(0, len(rows), self.batch_rows)]
-        pooled_nD = torch.stack([states_LD.float().mean(0) for b in batches for states_LD in self.policy.states(b)])
-        return normalize(pooled_nD, dim=1).cpu()[[place[text] for text in texts]]
+        windows, owner_W = _windows(rows, self.window)
+        self.num_windowed += _count_windowed(rows, self.window, "policy", self.num_windowed == 0)
+        batches = [windows[at : at + self.batch_rows] for at in range(0, len(windows), self.batch_rows)]
+        sum_WD = torch.stack([states_LD.float().sum(0) for b in batches for states_LD in self.policy.states(b)]).cpu()
+        return _direction_of_sums(sum_WD, owner_W, len(rows))[[place[text] for text in texts]]
+
+
+def _windows(rows: Sequence[Sequence[int]], size: int) -> tuple[list[Sequence[int]], torch.Tensor]:
+    """Token ids in windows of at most `size`, one at least of each row, and the row [W] of each window."""
+    cut = [[row[at : at + size] for at in range(0, max(len(row), 1), size)] for row in rows]
+    return [window for row in cut for window in row], torch.tensor([i for i, row in enumerate(cut) for _ in row])
+
+
+def _count_windowed(rows: Sequence[Sequence[int]], size: int, reader: str, is_first: bool) -> int:
+    """How many rows are longer than a window; said once: the run's summary has the sum."""
+    count = sum(len(row) > size for row in rows)
+    if count and is_first:
+        log.warning(
+            "%d of %d texts are longer than the %s's window of %d tokens: averaged over windows",
+            count, len(rows), reader, size,
+        )  # fmt: skip
+    return count
+
+
+def _direction_of_sums(vector_WE: torch.Tensor, owner_W: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, E]: of each text the sum of its windows' vectors, of unit length."""
+    return normalize(torch.zeros(count, vector_WE.shape[1]).index_add_(0, owner_W, vector_WE), dim=1)

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from conftest import make_tiny_model
 
 from ampo_fast.assets import resolve_model
 from ampo_fast.config import ModelConfig
@@ -76,3 +77,19 @@ def test_policy_embeddings_do_not_depend_on_the_company(tiny_model, attention):
     ids = torch.tensor([policy.encode_response(texts[1])])
     hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     torch.testing.assert_close(together[1], torch.nn.functional.normalize(hidden.mean(0), dim=0), atol=1e-6, rtol=0)
+
+
+def test_a_policy_reads_a_longer_text_in_windows_that_it_can_place(tmp_path, caplog):
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path, max_position_embeddings=32))))
+    longest = []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda m, args, kwargs: longest.append(int(kwargs["position_ids"].max()) + 1), with_kwargs=True
+    )
+    embedder = PolicyEmbedder(policy)
+    (vector, _) = embedder.embed(["a" * 32 + "b" * 31, "short"])
+    assert max(longest) == 32
+    assert embedder.num_windowed == 1
+    assert "1 of 2 texts are longer than the policy's window of 32 tokens" in caplog.text
+    first, second = (states.sum(0) for states in policy.states([policy.encode_response("a" * 32)[:32],
+                                                               policy.encode_response("b" * 31)]))  # fmt: skip
+    torch.testing.assert_close(vector, torch.nn.functional.normalize(first + second, dim=0))
