@@ -73,11 +73,13 @@ class SentenceEncoder:
         return torch.stack([self._recent[text] for text in texts])
 
     def _encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Means over a text's windows of the windows' pooled vectors, [n, E]."""
+        """Means over a text's windows of the windows' pooled vectors, weighted by their tokens, [n, E]: a last window of a
+        word counts as a word."""
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         windows, owner_W = _windows(ids, self.window)
         self.num_windowed += _count_windowed(ids, self.window, "sentence encoder", self.num_windowed == 0)
-        return _direction_of_sums(self._pool_windows(windows), owner_W, len(texts))
+        length_W = torch.tensor([max(len(window), 1) for window in windows])
+        return _direction_of_sums(self._pool_windows(windows) * length_W[:, None], owner_W, len(texts))
 
     def _pool_windows(self, windows: Sequence[list[int]]) -> torch.Tensor:
         """[W, E] on the CPU, in the order of the windows."""

@@ -40,6 +40,9 @@ def test_long_texts_are_averaged_over_windows_counted_and_said_once(encoder, cap
     assert caplog.messages == [
         "1 of 2 texts are longer than the sentence encoder's window of 510 tokens: averaged over windows"
     ]
+    full = "the sea is wide and blue " * 85  # 510 tokens
+    a_word_more, as_it_was = encoder.embed([full + "dog", full])
+    assert a_word_more @ as_it_was > 0.999
     (head,) = encoder.embed(["the sea is wide and blue " * 80])
     assert 0.3 < vector @ head < 0.999  # neither cut to the head nor unrelated to it
 
