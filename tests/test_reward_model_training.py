@@ -245,6 +245,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_model, tmp_path, monke
         train_reward(
             settings(tmp_path, tiny_model, run={"name": "stopped", "epochs": 3}, optim={"lr": 1.0}), resume=True
         )
+    before = (tmp_path / "pairs.jsonl").read_text()
+    write_pairs(tmp_path / "pairs.jsonl", seed=1)
+    with pytest.raises(ValueError, match=r"data\.train gives other prompts, responses or rewards than .* began with"):
+        train_reward(config, resume=True)
+    (tmp_path / "pairs.jsonl").write_text(before)
     (tmp_path / "runs/stopped/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read"):
         train_reward(config, resume=True)

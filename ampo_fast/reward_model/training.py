@@ -33,7 +33,7 @@ from ampo_fast.reward_model.data import check_margins, hold_out, load_groups
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_measures, pair_table
 from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
 from ampo_fast.reward_model.model import EncodedGroup, RewardModel
-from ampo_fast.run_dir import open_run_dir, run_closed
+from ampo_fast.run_dir import keep_data, open_run_dir, run_closed
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class RewardTrainer:
         self.num_steps = per_epoch * config.run.epochs
         self.eval_steps = _eval_steps(per_epoch, config)
         self.run_dir = open_run_dir(config, resume=resume, folders=())
+        keep_data(
+            self.run_dir, {"data.train": train, "data.eval": held} if config.data.eval else {"data.train": train + held}
+        )
         write_json(self.run_dir / "versions.json", versions())
         self.best: dict[str, Any] = {}
         self.guard = NonfiniteGuard("Lower optim.lr, and look at the scores in the data")
