@@ -284,6 +284,8 @@ def _train_reward(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides, _schema("train-reward"))
     if options.print_config:
         return _print_config(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("train-reward runs in one process: start it without torchrun")
     _quiet_libraries()
     from ampo_fast.reward_model.training import train_reward
 

@@ -217,6 +217,12 @@ def test_users_mistakes_are_one_line_and_status_2(arguments, message, capsys, tr
     assert trained == []
 
 
+def test_a_reward_model_is_not_trained_by_several_processes_at_once(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train-reward", "reward"]) == 2
+    assert capsys.readouterr().err == "error: train-reward runs in one process: start it without torchrun\n"
+
+
 def test_several_mistakes_are_all_named(toml, capsys):
     assert cli.main(["train", toml, "--optim.lr", "-1", "--run.steps", "0"]) == 2
     error = capsys.readouterr().err
