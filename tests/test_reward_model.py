@@ -232,7 +232,11 @@ def test_overlong_texts_keep_their_opening_the_question_and_their_closing(backbo
     assert len(ids) == 20
     assert ids[0] == whole[0]
     assert ids[-1] == model.text.closing_id
-    assert model.text.num_truncated == 1
+    (long,), (short,) = (model.text.encode(prompt(0, asked).messages, ["c"]) for asked in ("x" * 60, "x"))
+    end = 1 + len(model.text._closing)
+    assert long[-end:] == short[-end:]  # closed once
+    assert len(long) == 10 + end
+    assert model.text.num_truncated == 2
     assert model.text.is_overlong(prompt(0, "x").messages, "c" * 60)
 
 

@@ -67,6 +67,8 @@ class RewardText:
         if length > half:  # the prompt's end stays: it holds the question
             opening = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else ()
             ids = opening + ids[length - half + len(opening) : length] + ids[length:]
+        if len(ids) <= self.max_tokens:  # the response is whole, with its closing
+            return ids
         return ids[: self.max_tokens - len(self._closing)] + self._closing
 
     def _closing_ids(self) -> tuple[int, ...]:
