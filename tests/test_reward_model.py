@@ -1,5 +1,6 @@
 """Reward models against HF's own forward: packed, padded, cached, exported; and heads that were never trained."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -238,6 +239,19 @@ def test_overlong_texts_keep_their_opening_the_question_and_their_closing(backbo
     assert len(long) == 10 + end
     assert model.text.num_truncated == 2
     assert model.text.is_overlong(prompt(0, "x").messages, "c" * 60)
+
+
+def test_a_responses_length_counts_what_it_shares_with_the_others_and_what_is_read_of_it(backbone):
+    text = RewardModel.load(RewardModelConfig(path=backbone), max_tokens=40, seed=0).text
+    closing = len(text._closing)
+    for asked in ("x", "x" * 60):
+        turns = prompt(0, asked).messages
+        answers = ["ab", "ab cd ef", "z " * 60]
+        short, long, cut = text.response_lengths(turns, answers)
+        assert short == len(text.tokenizer("ab", add_special_tokens=False).input_ids) + closing
+        assert long == len(text.tokenizer("ab cd ef", add_special_tokens=False).input_ids) + closing
+        ids = text.encode(turns, answers)
+        assert [long - short, cut - long] == [len(b) - len(a) for a, b in itertools.pairwise(ids)]
 
 
 def test_a_head_that_was_never_trained_is_refused(backbone, tmp_path):

@@ -182,7 +182,7 @@ def test_the_length_weight_is_the_log_odds_by_hand(tiny_model):
     def item(first, second, rewards):
         given = tuple(GivenResponse(content="x", reward=r) for r in rewards)
         ids = (tuple(range(first)), tuple(range(second)))
-        return Item(Prompt(id="i", messages=(), responses=given), EncodedGroup("i", ids, 0))
+        return Item(Prompt(id="i", messages=(), responses=given), EncodedGroup("i", ids, 0), (first, second))
 
     import math
 

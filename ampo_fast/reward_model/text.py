@@ -53,6 +53,18 @@ class RewardText:
         text = self._template(messages, response)
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) > self.max_tokens
 
+    def response_lengths(self, messages: Sequence[dict[str, str]], responses: Sequence[str]) -> list[int]:
+        """How many of each text's ids are its response and its closing, as encode leaves it."""
+        texts = [self._template(messages, response) for response in responses]
+        whole = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = self._prompt_length(messages)
+        most = self.max_tokens - min(prompt, self.max_tokens // 2)
+        return [max(1, min(len(ids) - prompt, most)) for ids in whole]
+
+    def _prompt_length(self, messages: Sequence[dict[str, str]]) -> int:
+        prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+
     def _template(self, messages: Sequence[dict[str, str]], response: str) -> str:
         turns = [*messages, {"role": "assistant", "content": response}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False)
@@ -61,8 +73,7 @@ class RewardText:
         if len(ids) <= self.max_tokens:
             return ids
         self.num_truncated += 1
-        prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+        length = self._prompt_length(messages)
         half = self.max_tokens // 2
         if length > half:  # the prompt's end stays: it holds the question
             opening = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else ()

@@ -52,18 +52,15 @@ def train_reward(config: RewardTrainingConfig, resume: bool = False) -> dict[str
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One group: its texts, its token ids, and how long each response is."""
+    """One group: its texts, its token ids, and, where loss.length_control asks, how many tokens of them are each response's."""
 
     group: Prompt
     encoded: EncodedGroup
+    lengths: tuple[int, ...] = ()
 
     @property
     def rewards(self) -> list[float]:
         return [response.reward for response in self.group.responses]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) - self.encoded.shared for ids in self.encoded.ids]
 
 
 class RewardTrainer:
@@ -127,7 +124,7 @@ class RewardTrainer:
                 dropped += len(group.responses) - len(kept)
                 group = replace(group, responses=tuple(kept))
             if len(group.responses) > 1:
-                items.append(Item(group, self.model.encode(group)))
+                items.append(self._item(group))
         if dropped:
             log.warning(
                 "%s: left out %d responses over data.max_tokens = %d", field, dropped, self.model.text.max_tokens
@@ -137,6 +134,12 @@ class RewardTrainer:
                 f"{field}: no group has two responses within data.max_tokens = {self.model.text.max_tokens}"
             )
         return items
+
+    def _item(self, group: Prompt) -> Item:
+        texts = [response.content for response in group.responses]
+        is_counted = self.config.loss.length_control
+        lengths = self.model.text.response_lengths(group.messages, texts) if is_counted else ()
+        return Item(group, self.model.encode(group), tuple(lengths))
 
     def _batches(self) -> Iterator[list[Item]]:
         """Epochs of shuffled groups, prompts_per_step at a time; an epoch's last step may be smaller."""
@@ -183,14 +186,14 @@ class RewardTrainer:
 
     def _loss(self, score_M: torch.Tensor, items: Sequence[Item]) -> LossOutput:
         reward_M = torch.tensor([r for item in items for r in item.rewards], device=score_M.device)
-        length_M = torch.tensor([n for item in items for n in item.lengths], device=score_M.device)
         if self.length_weight:
+            length_M = torch.tensor([n for item in items for n in item.lengths], device=score_M.device)
             score_M = score_M + self.length_weight * length_M.log()
         offsets = torch.tensor([0, *itertools.accumulate(len(item.encoded.ids) for item in items)])
         more = {}
         if self.loss_fn.needs_similarity:
             more["similarity"] = divergent_similarity([item.encoded.ids for item in items]).to(score_M.device)
-        return self.loss_fn(score_M, reward_M, offsets, length_M=length_M, **more)
+        return self.loss_fn(score_M, reward_M, offsets, **more)
 
     # --- evaluation and end -------------------------------------------------------------------------------------------
 
