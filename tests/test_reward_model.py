@@ -88,6 +88,17 @@ def test_scores_and_gradients_are_those_of_hf_one_by_one(backbone):
         assert torch.allclose(gradients[name], p.grad, atol=1e-4), name
 
 
+def test_scores_are_float32_where_the_rest_is_bfloat16(backbone):
+    model = load(backbone, dtype="bfloat16")
+    head = getattr(model.model, "score", None) or model.model.classifier
+    head.weight.data *= 100.0
+    many = tuple(GivenResponse(content=letter * 3) for letter in "abcdefghijklmnop")
+    scores = model([model.encode(Prompt(id="p", messages=groups()[0].messages, responses=many))])
+    assert not torch.equal(scores, scores.bfloat16().float())
+    scores.sum().backward()
+    assert head.weight.grad.any()
+
+
 def test_shared_beginnings_are_fed_once_and_repeats_too(tiny_model, tiny_bert):
     decoder, encoder = load(tiny_model), load(tiny_bert)
     encoded = encode(decoder)

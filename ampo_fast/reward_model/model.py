@@ -54,6 +54,9 @@ class RewardModel(nn.Module):
         self.text = text
         self.compute_dtype = getattr(torch, config.dtype)
         self.trusts_remote_code = config.trust_remote_code
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.out_features == 1:
+                module.register_forward_hook(_float32_scores)
         self.is_shared = self._decide_shared(config.attention, field)
         self.frozen = FrozenBlocks(model, config.trained_blocks, config.cache_mib)
         self.reads_first = config.pooling == "mean" and config.trained_blocks == 0
@@ -270,6 +273,14 @@ class RewardModel(nn.Module):
         if wrong:
             raise RuntimeError(f"the reward model exported to {directory} reads back different: {', '.join(wrong[:5])}")
         return _compare_scores(self, reloaded, sample, directory)
+
+
+def _float32_scores(head: nn.Linear, args: tuple[torch.Tensor], score: torch.Tensor) -> torch.Tensor:
+    """The head's product in float32: bfloat16 has 8 bits, and scores around 30 would be told apart by eighths."""
+    if score.dtype == torch.float32:
+        return score
+    with torch.autocast(score.device.type, enabled=False):
+        return nn.functional.linear(args[0].float(), head.weight, head.bias)
 
 
 @torch.no_grad()
