@@ -68,7 +68,8 @@ def fused_linear_group_loss(
         normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
             gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
-            no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute.
+            no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute. float16: recompute, since a loss scale
+            reaches a gradient made in the forward too late, when what is small has become 0.
         chunk_rows: rows whose logits exist at once, more only for a group that is longer; default about 64 MiB of logits on
             a CPU, 4096 to 8192 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
@@ -132,6 +133,8 @@ def _resolve_mode(mode, weight_VD, bias_V, group_rows, longest: int) -> str:
         return mode
     if not is_trained:
         return "frozen"
+    if weight_VD.dtype == torch.float16:
+        return "recompute"
     return "grouped" if group_rows.numel() == 0 or int(group_rows.max()) <= longest else "recompute"
 
 
