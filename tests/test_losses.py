@@ -362,3 +362,21 @@ def test_groups_are_independent(sizes, seed):
 def test_options_that_are_no_numbers_are_named(option, value):
     with pytest.raises(ValueError, match=f"{option} = "):
         GroupContrastive(**({"beta": 1.0} | {option: value}))
+
+
+SHIFTED = [loss for loss in EVERY_LOSS if not isinstance(loss, losses.LambdaPO)] + [
+    GroupContrastive(beta=1.0, alpha=1.0), GroupContrastive(beta=1.0, alpha=1.0, weight="abs", weight_power=2),
+    losses.DPO(pairs="best_vs_rest"), losses.CaPO(calibrated=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", SHIFTED, ids=lambda loss: type(loss).__name__)
+def test_rewards_of_float64_are_compared_as_such_beside_log_probs_of_float32(loss):
+    """None of these changes when the same number is added to every reward; in float32 the four would be one number."""
+    reward = torch.tensor([1.0, 2.0, 5.0, 3.0], dtype=F64) / 2**10
+    near = four_responses(positive_M=None, baseline_B=None, reward_M=reward)
+    far = dataclasses.replace(near, reward_M=reward + 2.0**20)
+    assert (far.reward_M.float() == 2.0**20).all()
+    got = loss(far).per_group_B
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, loss(near).per_group_B, rtol=1e-6, atol=1e-6)

@@ -106,8 +106,9 @@ class GroupContrastive(Loss):
         score_M = self.beta * x_M
         if self.weight == "none" or self.alpha == 0.0:
             return score_M
-        reward_BG = groups.pad(stats.reward_M.to(score_M.dtype), 0.0)
-        weight_M = groups.unpad((reward_BG - _baseline(stats, groups, reward_BG)) ** self.weight_power)
+        reward_BG = padded_rewards(stats, groups)
+        deviation_M = groups.unpad(reward_BG - _baseline(stats, groups, reward_BG)).to(score_M.dtype)
+        weight_M = deviation_M**self.weight_power
         if self.weight == "abs":
             weight_M = weight_M.abs()
         return score_M + self.alpha * (self.beta if self.alpha_place == "inside" else 1.0) * weight_M

@@ -9,7 +9,16 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from ampo_fast.losses.pairs import gap, mean_over_pairs
-from ampo_fast.losses.stats import CheckedStats, Groups, Loss, LossOutput, ResponseStats, check_positive, mean_output
+from ampo_fast.losses.stats import (
+    CheckedStats,
+    Groups,
+    Loss,
+    LossOutput,
+    ResponseStats,
+    check_positive,
+    mean_output,
+    padded_rewards,
+)
 from ampo_fast.validation import checks_values
 
 
@@ -27,21 +36,20 @@ class _Listwise(Loss):
         score_M = self.beta * self._ratios(stats)
         if score_M.numel() == 0:
             return mean_output(groups.pad(score_M, 0.0).sum(1))
-        reward_BG = groups.pad(stats.reward_M.to(score_M.dtype), 0.0)
-        return mean_output(self.group_terms(groups.pad(score_M, 0.0), reward_BG, groups))
+        return mean_output(self.group_terms(groups.pad(score_M, 0.0), padded_rewards(stats, groups), groups))
 
     def _ratios(self, stats: ResponseStats) -> torch.Tensor:
         return stats.log_ratio_M
 
     def group_terms(self, score_BG: torch.Tensor, reward_BG: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """[B]; 0 for an empty group."""
+        """[B]; 0 for an empty group. The rewards are in their own precision."""
         raise NotImplementedError
 
 
-def _targets(logit_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.Tensor:
+def _targets(logit_BG: torch.Tensor, mask_BG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """softmax over each group's responses; 0 in the padding, also of an empty group."""
     kept_BG = logit_BG.masked_fill(~mask_BG, torch.finfo(logit_BG.dtype).min)
-    return kept_BG.softmax(1).masked_fill(~mask_BG, 0.0)
+    return kept_BG.softmax(1).masked_fill(~mask_BG, 0.0).to(dtype)
 
 
 def _cross_entropy(target_BG: torch.Tensor, score_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.Tensor:
@@ -61,7 +69,7 @@ class InfoNCA(_Listwise):
         check_positive("temperature", self.temperature)
 
     def group_terms(self, score_BG, reward_BG, groups):
-        target_BG = _targets(reward_BG / self.temperature, groups.mask_BG)
+        target_BG = _targets(reward_BG / self.temperature, groups.mask_BG, score_BG.dtype)
         return _cross_entropy(target_BG, score_BG, groups.mask_BG)
 
 
@@ -70,7 +78,7 @@ class NCA(InfoNCA):
     """-sum_i t_i log sigmoid(m_i) - (1/K) sum_i log sigmoid(-m_i), t = softmax(r / temperature) (arXiv 2402.05369)."""
 
     def group_terms(self, score_BG, reward_BG, groups):
-        target_BG = _targets(reward_BG / self.temperature, groups.mask_BG)
+        target_BG = _targets(reward_BG / self.temperature, groups.mask_BG, score_BG.dtype)
         pull_B = (target_BG * logsigmoid(score_BG)).sum(1)
         return -pull_B - groups.mean(logsigmoid(-score_BG))[:, 0]
 
@@ -91,7 +99,8 @@ class REFAInfoNCA(_Listwise):
         return stats.logp_M / stats.length_M
 
     def group_terms(self, score_BG, reward_BG, groups):
-        return _cross_entropy(_targets(self.alpha * reward_BG, groups.mask_BG), score_BG, groups.mask_BG)
+        target_BG = _targets(self.alpha * reward_BG, groups.mask_BG, score_BG.dtype)
+        return _cross_entropy(target_BG, score_BG, groups.mask_BG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +141,7 @@ class LambdaPO(_Listwise):
     def group_terms(self, score_BG, reward_BG, groups):
         mask_BG = groups.mask_BG
         gain_BG = (torch.exp2(reward_BG) - 1.0).masked_fill(~mask_BG, 0.0)
-        if checks_values(gain_BG) and bool(gain_BG.isinf().any()):
+        if checks_values(gain_BG) and bool(gain_BG.to(score_BG.dtype).isinf().any()):
             raise ValueError(
                 f"reward_M reaches {reward_BG.max():g}: its gain 2^r overflows; divide the rewards "
                 '(in a run: reward.normalize = "minmax")'
@@ -140,7 +149,7 @@ class LambdaPO(_Listwise):
         if self.normalized:
             gain_BG = gain_BG / _best_dcg(gain_BG, reward_BG, mask_BG)
         discount_BG = 1.0 / torch.log2(1.0 + _ranks(score_BG.detach(), mask_BG))
-        weight_BGG = gap(gain_BG).abs() * gap(discount_BG).abs()
+        weight_BGG = gap(gain_BG).abs().to(score_BG.dtype) * gap(discount_BG).abs()
         preferred_BGG = (gap(reward_BG) > 0) & mask_BG[:, :, None] & mask_BG[:, None, :]
         terms_BGG = weight_BGG * softplus(-gap(score_BG))
         if self.normalized:

@@ -31,7 +31,7 @@ class MMPO(PairwiseLoss):
         check_positive("gamma", self.gamma)
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
-        target_BGG = torch.sigmoid(self.gamma * gap(view.reward_BG))
+        target_BGG = view.in_work_precision(torch.sigmoid(self.gamma * gap(view.reward_BG)))
         return soft_label_loss(self.beta * gap(view.log_ratio_BG), target_BGG)
 
 
@@ -46,7 +46,7 @@ class MMDPO(PairwiseLoss):
     k: float = 0.5
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
-        margin_BGG = gap(view.reward_BG).clamp(min=0.0)
+        margin_BGG = view.in_work_precision(gap(view.reward_BG)).clamp(min=0.0)
         beta_BGG = self.beta * (1.0 - self.w * torch.expm1(-self.k * margin_BGG))
         return -logsigmoid(beta_BGG * gap(view.log_ratio_BG))
 
@@ -78,7 +78,7 @@ class CaPO(PairwiseLoss):
 
     def pair_terms(self, view: GroupView) -> torch.Tensor:
         given_BG = view.reward_BG if self.calibrated else calibrated_reward(view.reward_BG, view.groups.mask_BG)
-        target_BGG = gap(given_BG)
+        target_BGG = view.in_work_precision(gap(given_BG))
         return (target_BGG - self.beta * gap(view.log_ratio_BG)).square()
 
 

@@ -22,6 +22,7 @@ from ampo_fast.losses.stats import (
     check_positive,
     given_positives,
     mean_output,
+    padded_rewards,
 )
 from ampo_fast.validation import check_choice
 
@@ -72,6 +73,7 @@ class GroupView:
     logp_BG: torch.Tensor
     length_BG: torch.Tensor
     reward_BG: torch.Tensor
+    """In the rewards' own precision."""
     mask_BGG: torch.Tensor
     """The pairs (i preferred, j) that are compared."""
     equal_BGG: torch.Tensor
@@ -82,7 +84,7 @@ class GroupView:
     def of(cls, stats: ResponseStats, log_ratio_M: torch.Tensor, pairs: str, keep_equal: bool) -> GroupView:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         work = stats.logp_M.dtype
-        reward_BG = groups.pad(stats.reward_M.to(work), 0.0)
+        reward_BG = padded_rewards(stats, groups)
         mask_BGG, equal_BGG = preferred_pairs(groups, reward_BG, pairs, given_positives(stats, groups), keep_equal)
         return cls(
             groups=groups,
@@ -94,6 +96,10 @@ class GroupView:
             equal_BGG=equal_BGG,
             stats=stats,
         )
+
+    def in_work_precision(self, values_BGG: torch.Tensor) -> torch.Tensor:
+        """What was made of rewards, in the log-probs' precision, in which the loss is computed."""
+        return values_BGG.to(self.logp_BG.dtype)
 
     @property
     def mean_logp_BG(self) -> torch.Tensor:
