@@ -68,6 +68,15 @@ def test_alpha_inside_is_alpha_times_beta_outside():
     assert inside.loss.item() == pytest.approx(outside.loss.item(), abs=1e-14)
 
 
+def test_squared_weights_by_hand():
+    # rbar = 0.6: weights 0.09, 0.25, 0.04; s = 2 logp + 3 w
+    data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.1, 0.8], [0, 3])
+    s = [-4 + 0.27, -6 + 0.75, -2 + 0.12]
+    expected = math.log(sum(map(math.exp, s))) - s[0]
+    squared = GroupContrastive(score="sum", beta=2.0, alpha=3.0, weight_power=2)
+    assert squared(data).loss.item() == pytest.approx(expected, abs=1e-13)
+
+
 def test_mean_split_and_given_positives():
     data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3])
     s = [4 * -1.0, 4 * -1.0, 4 * -0.25]
@@ -75,6 +84,8 @@ def test_mean_split_and_given_positives():
     assert REFADynamic(beta=4.0)(data).loss.item() == pytest.approx(expected, abs=1e-13)
     given_sides = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], positive_M=[True, True, False])
     assert REFA1vsK(beta=4.0, gamma=4.0)(given_sides).loss.item() == pytest.approx(expected, abs=1e-13)
+    by_name = GroupContrastive(beta=4.0, gamma=4.0, split="given")(given_sides)
+    assert by_name.loss.item() == pytest.approx(expected, abs=1e-13)
 
 
 def test_the_mean_split_is_at_the_baseline_where_one_is_given():
@@ -82,6 +93,8 @@ def test_the_mean_split_is_at_the_baseline_where_one_is_given():
     data = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], baseline_B=[0.85])
     sided = stats([-2.0, -3.0, -1.0], [2, 3, 4], [0.9, 0.8, 0.1], [0, 3], positive_M=[True, False, False])
     assert REFADynamic(beta=4.0)(data).loss.item() == REFADynamic(beta=4.0)(sided).loss.item()
+    at_a_reward = dataclasses.replace(data, baseline_B=torch.tensor([0.8], dtype=F64))  # which is then no positive
+    assert REFADynamic(beta=4.0)(at_a_reward).loss.item() == REFADynamic(beta=4.0)(sided).loss.item()
     assert REFADynamic(beta=4.0)(dataclasses.replace(data, baseline_B=torch.tensor([1.0]))).loss.item() == 0.0
 
 
@@ -169,12 +182,13 @@ def test_budgeted_eos_penalty_by_hand():
     assert loss.needs_rows
     with pytest.raises(ValueError, match="eos_logp_R"):
         loss(dataclasses.replace(data, eos_logp_R=None))
-    with pytest.raises(ValueError, match="eos_budget"):
-        GroupContrastive(beta=1.0, eos_penalty="budgeted")
+    for budget in (None, 0, -1):
+        with pytest.raises(ValueError, match="eos_budget"):
+            GroupContrastive(beta=1.0, eos_penalty="budgeted", eos_budget=budget)
 
 
 @pytest.mark.parametrize(
-    ("score", "weight", "split"), list(itertools.product(["avg", "sum"], ["signed", "abs"], ["best", "mean"]))
+    ("score", "weight", "split"), list(itertools.product(["avg", "sum"], ["signed", "abs", "none"], ["best", "mean"]))
 )
 @pytest.mark.parametrize("has_baseline", [False, True])
 def test_it_is_the_reference_group_by_group(score, weight, split, has_baseline):
@@ -380,3 +394,37 @@ def test_rewards_of_float64_are_compared_as_such_beside_log_probs_of_float32(los
     got = loss(far).per_group_B
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, loss(near).per_group_B, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "fields"),
+    [
+        (GroupContrastive(beta=1.0), {"alpha": 0.0, "gamma": 1.0, "score": "avg", "weight": "signed", "split": "best"}),
+        (
+            GroupContrastive(beta=1.0),
+            {"alpha_place": "outside", "weight_power": 1, "eos_penalty": None, "eos_lambda": 0.0},
+        ),
+        (AMPO(), {"beta": 10.0, "gamma": 3.0, "alpha": 0.0, "score": "avg", "split": "best"}),
+        (REFA1vsK(), {"beta": 10.0, "gamma": 3.0, "alpha": 0.0, "score": "avg", "split": "best"}),
+        (REFADynamic(), {"beta": 10.0, "gamma": 4.0, "alpha": 0.0, "score": "avg", "split": "mean"}),
+        (SWEPO(), {"beta": 0.1, "alpha": 0.5, "gamma": 1.0, "score": "sum", "weight": "abs", "split": "mean"}),
+        (losses.REFAInfoNCA(), {"beta": 10.0, "alpha": 1.0}),
+        (losses.InfoNCA(), {"beta": 0.01, "temperature": 1e-4}),
+        (losses.NCA(), {"beta": 0.01, "temperature": 1e-4}),
+        (losses.LambdaPO(), {"beta": 0.1, "normalized": True}),
+        (losses.DPO(), {"beta": 0.1, "pairs": "all"}),
+        (losses.CDPO(), {"label_smoothing": 0.1}),
+        (losses.IPO(), {"per_token": False}),
+        (losses.SimPO(), {"beta": 2.0, "gamma": 1.0}),
+        (losses.CPO(), {"nll_weight": 0.0}),
+        (losses.KTO(), {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "kl": 0.0}),
+        (losses.MMPO(), {"beta": 0.01, "gamma": 2.2}),
+        (losses.MMDPO(), {"beta": 0.1, "w": 0.5, "k": 0.5}),
+        (losses.CaPO(), {"calibrated": False}),
+        (losses.DPOPCRM(), {"beta1": 6.0, "beta2": 1e-3, "beta3": 0.0}),
+        (losses.BMC(), {"beta": 0.05, "delta": 2.0}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_defaults_are_the_published_ones(loss, fields):
+    assert {name: getattr(loss, name) for name in fields} == fields

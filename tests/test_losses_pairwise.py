@@ -315,11 +315,34 @@ def test_extreme_log_probs_stay_finite_in_float32(name, loss):
         (lambda: DPO(pairs="some"), "pairs"),
         (lambda: MMPO(gamma=-1.0), "gamma"),
         (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing"),
+        (lambda: CDPO(beta=-1.0), "beta"),
     ],
 )
 def test_options_out_of_range_are_named(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def test_a_given_positive_is_in_no_pair_with_its_equal_but_for_a_soft_label():
+    positive = torch.tensor([False, False, True, False])  # of reward 0.4, as the fourth
+    hard = DPO(pairs="best_vs_rest")(stats(positive_M=positive))
+    expected = sum(formula("dpo", 2, other) for other in (0, 1)) / 2
+    assert hard.loss.item() == pytest.approx(expected, rel=1e-12)
+    assert (hard.metrics["pairs"], hard.metrics["pairs_equal"]) == (2, 1)
+    soft = MMPO(pairs="best_vs_rest", beta=0.1)(stats(positive_M=positive))
+    expected = sum(formula("mmpo", 2, other) for other in (0, 1, 3)) / 3
+    assert soft.loss.item() == pytest.approx(expected, rel=1e-12)
+    assert (soft.metrics["pairs"], soft.metrics["pairs_equal"]) == (3, 1)
+
+
+def test_pairs_that_the_policy_ranks_right_are_counted_without_the_equal_ones():
+    rho = [logp - ref for logp, ref in zip(LOGP, REF, strict=True)]
+    ordered = [(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)]  # the pair (2, 3) has no order
+    by_ratio = sum(rho[w] > rho[r] for w, r in ordered)
+    by_logp = sum(LOGP[w] > LOGP[r] for w, r in ordered)
+    assert by_ratio != by_logp
+    for loss, right in ((DPO(), by_ratio), (MMPO(), by_ratio), (SimPO(), by_logp)):
+        assert loss(stats()).metrics["pairs_right"] == right
 
 
 def test_a_given_positive_is_preferred_whatever_the_rewards():

@@ -47,8 +47,7 @@ def preferred_pairs(
     if pairs == "best_vs_rest":
         best_BG = groups.first_best(reward_BG) if positive_BG is None else positive_BG
         both_BGG = both_BGG & best_BG[:, :, None] & ~best_BG[:, None, :]
-        if positive_BG is not None:
-            better_BGG = better_BGG | (gap(reward_BG) < 0)
+        better_BGG = better_BGG | (gap(reward_BG) < 0)  # of a given positive
     else:
         index_G = torch.arange(reward_BG.shape[1], device=reward_BG.device)
         equal_BGG = equal_BGG & (index_G[:, None] < index_G)
