@@ -22,7 +22,7 @@ def inputs(dtype=torch.float64, rows=40, seed=0):
 
 def naive(
     hidden, weight, bias, target, reward, loss_fn, temperature=1.0, softcap=None, eos_id=None, ref=None, ref_row=None,
-    compare_tokens=False,
+    compare_tokens=False, positive=None, baseline=None,
 ):  # fmt: skip
     logits = hidden @ weight.T + bias
     if softcap:
@@ -35,7 +35,7 @@ def naive(
         last = RESPONSES[1:] - 1
         eos = all_logp[last, eos_id].masked_fill(target[last] != eos_id, torch.nan)
     stats = ResponseStats(
-        logp, RESPONSES.diff(), reward, GROUPS, ref, eos, response_offsets=RESPONSES, logp_R=row,
+        logp, RESPONSES.diff(), reward, GROUPS, ref, eos, positive, baseline, response_offsets=RESPONSES, logp_R=row,
         eos_logp_R=None if eos_id is None else all_logp[:, eos_id], target_R=target if compare_tokens else None,
         ref_logp_R=ref_row,
     )  # fmt: skip
@@ -62,8 +62,54 @@ def test_loss_and_every_gradient_equal_the_naive_ones(mode, chunk_rows, temperat
     assert stats.length_M.tolist() == RESPONSES.diff().tolist()
 
 
-@pytest.mark.parametrize(("longest", "products"), [(20, 6), (19, 8)])
-def test_a_long_groups_logits_are_computed_once_where_they_may_be_held(longest, products, monkeypatch):
+@pytest.mark.parametrize("mode", ["grouped", "recompute"])
+@pytest.mark.parametrize("chunk_rows", [1, 1000])
+def test_the_loss_sees_the_given_sides_and_baselines_of_its_own_groups(mode, chunk_rows):
+    hidden, weight, bias, target, reward = inputs()
+    given = {
+        "positive_M": torch.tensor([False, True, False, True, False, True, False]),
+        "baseline_B": torch.tensor([0.2, 0.7], dtype=torch.float64),
+    }
+    loss_fn = GroupContrastive(beta=2.0, alpha=0.7, weight="abs")
+    expected = naive(
+        hidden, weight, bias, target, reward, loss_fn, positive=given["positive_M"], baseline=given["baseline_B"]
+    )
+    assert expected.item() != pytest.approx(naive(hidden, weight, bias, target, reward, loss_fn).item(), rel=1e-3)
+    loss, stats = fused_linear_group_loss(
+        hidden,
+        weight,
+        target,
+        RESPONSES,
+        GROUPS,
+        reward,
+        loss_fn,
+        bias_V=bias,
+        mode=mode,
+        chunk_rows=chunk_rows,
+        **given,
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    want = torch.autograd.grad(expected, weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], want, atol=1e-12, rtol=0)
+    assert all(torch.equal(getattr(stats, name), vector) for name, vector in given.items())
+
+
+def test_the_default_normalizer_is_the_number_of_groups():
+    hidden, weight, _, target, reward = inputs()
+    for groups in (torch.tensor([0, 7]), GROUPS, torch.tensor([0, 0, 3, 7])):
+        given, default = (
+            fused_linear_group_loss(hidden, weight, target, RESPONSES, groups, reward, AMPO(), normalizer=count)[0]
+            for count in (len(groups) - 1, None)
+        )
+        assert given.item() == default.item()
+    none = torch.zeros(1, dtype=torch.int64)
+    empty, _ = fused_linear_group_loss(hidden[:0], weight, target[:0], none, none, reward[:0], AMPO())
+    assert empty.item() == 0.0
+    assert torch.autograd.grad(empty, weight)[0].abs().max() == 0.0
+
+
+@pytest.mark.parametrize(("longest", "chunk_rows", "products"), [(20, None, 6), (19, None, 8), (1, 20, 6), (40, 19, 8)])
+def test_a_long_groups_logits_are_computed_once_where_they_may_be_held(longest, chunk_rows, products, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which test_kernels must be the first to do
 
     monkeypatch.setattr(fused, "default_chunk_rows", lambda *_: 4)
@@ -72,8 +118,9 @@ def test_a_long_groups_logits_are_computed_once_where_they_may_be_held(longest, 
     hidden, weight, _, target, reward = inputs()
     with FlopCounterMode(display=False) as counter:
         loss, _ = fused_linear_group_loss(
-            hidden, weight, target, torch.tensor([0, 9, 20, 30, 40]), torch.tensor([0, 2, 4]), reward[:4], AMPO()
-        )
+            hidden, weight, target, torch.tensor([0, 9, 20, 30, 40]), torch.tensor([0, 2, 3, 4]), reward[:4], NLL(),
+            chunk_rows=chunk_rows,
+        )  # fmt: skip
         loss.backward()
     assert counter.get_total_flops() == products * 40 * D * V
 
@@ -113,7 +160,7 @@ def test_every_loss_is_a_loss_of_the_fused_op(loss_fn, compare_tokens, mode):
     )
     loss, _ = fused_linear_group_loss(
         hidden, weight, target, RESPONSES, GROUPS, reward, loss_fn, bias_V=bias, eos_id=eos, ref_logp_M=ref,
-        ref_logp_R=ref_row, compare_tokens=compare_tokens, mode=mode, chunk_rows=25,
+        ref_logp_R=ref_row, mode=mode, chunk_rows=25, **({"compare_tokens": True} if compare_tokens else {}),
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
     for got, want in zip(
@@ -163,7 +210,7 @@ def test_a_second_derivative_is_refused_not_left_out(mode):
 
 
 def test_frozen_weight_keeps_the_hidden_gradient_and_refuses_a_trainable_one():
-    hidden, weight, _bias, target, reward = inputs()
+    hidden, weight, bias, target, reward = inputs()
     frozen = weight.detach()
     loss, _ = fused_linear_group_loss(hidden, frozen, target, RESPONSES, GROUPS, reward, AMPO())
     full, _ = fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO())
@@ -172,6 +219,8 @@ def test_frozen_weight_keeps_the_hidden_gradient_and_refuses_a_trainable_one():
     )
     with pytest.raises(ValueError, match="frozen"):
         fused_linear_group_loss(hidden, weight, target, RESPONSES, GROUPS, reward, AMPO(), mode="frozen")
+    with pytest.raises(ValueError, match="bias_V requires one"):
+        fused_linear_group_loss(hidden, frozen, target, RESPONSES, GROUPS, reward, AMPO(), bias_V=bias, mode="frozen")
 
 
 def test_frozen_hidden_skips_its_gradient():
@@ -433,6 +482,8 @@ def test_a_group_without_responses_is_no_hindrance_to_an_eos_penalty():
         ({"eos_id": True}, "eos_id = True"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": None}, "temperature = None"),
+        ({"softcap": 0.0}, r"softcap = 0\.0"),
+        ({"softcap": "30"}, "softcap = '30'"),
         (
             {"loss_fn": lambda stats: stats.logp_M.sum()},
             r"loss_fn returned torch.float64 \(\); it must return .*LossOutput",
@@ -468,6 +519,7 @@ def test_a_gpus_chunks_are_whole_tiles_and_its_rows_of_logits_are_multiples_of_1
     assert 4096 <= with_gradient <= 8192
     assert without >= 512
     assert without == 512 or 2**29 - 512 * num_tokens < 2 * without * num_tokens <= 2**29  # bytes of bfloat16
+    assert with_gradient == 4096 or 2**31 - 512 * num_tokens < 2 * with_gradient * num_tokens or with_gradient == 8192
     stride = head._row_stride(num_tokens, gpu)
     assert stride % 16 == 0
     assert 0 <= stride - num_tokens < 16
@@ -476,6 +528,8 @@ def test_a_gpus_chunks_are_whole_tiles_and_its_rows_of_logits_are_multiples_of_1
 def test_a_cpus_chunks_and_rows_are_not_rounded():
     cpu = torch.device("cpu")
     assert head.default_chunk_rows(49152, cpu) == head.forward_chunk_rows(49152, cpu) == 2**24 // 49152
+    assert head.default_chunk_rows(1_000_000, cpu) == 64
+    assert head.whole_group_rows(torch.empty(49152, 1)) == 8 * 682 + 5  # 1 GiB of float32
     assert head.logit_buffer(torch.zeros(2, 3), torch.zeros(97, 3), 8).stride() == (97, 1)
 
 

@@ -154,6 +154,15 @@ def test_eos_penalties_by_hand(penalty, expected):
     )
 
 
+@pytest.mark.parametrize("penalty", ["target", "simple", "budget_independent"])
+def test_a_response_that_does_not_end_pulls_nothing_by_its_eos(penalty):
+    eos = torch.tensor([math.log(0.5), math.nan, math.log(0.25)], dtype=F64, requires_grad=True)
+    data = dataclasses.replace(stats([-2.0, -3.0, -1.0], [2, 4, 3], [0.9, 0.1, 0.0], [0, 3]), eos_logp_M=eos)
+    GroupContrastive(beta=1.0, eos_penalty=penalty, eos_lambda=0.1)(data).loss.backward()
+    assert eos.grad[1] == 0
+    assert eos.grad[[0, 2]].abs().min() > 0
+
+
 def test_gamma_zero_counts_no_negative():
     logp = torch.tensor([-1.0, -2.0], dtype=F64, requires_grad=True)
     data = ResponseStats(logp, torch.ones(2), torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0, 2]))
