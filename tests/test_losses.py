@@ -437,3 +437,40 @@ def test_rewards_of_float64_are_compared_as_such_beside_log_probs_of_float32(los
 )
 def test_defaults_are_the_published_ones(loss, fields):
     assert {name: getattr(loss, name) for name in fields} == fields
+
+
+def test_who_divides_by_a_reference_and_who_reads_rows():
+    """The trainer loads a reference, and asks for rows and EOS log-probs, by these alone."""
+    free = {"AMPO", "REFA1vsK", "REFADynamic", "REFAInfoNCA", "SimPO", "CPO", "ORPO", "NLL", "Sum"}
+    assert {type(loss).__name__ for loss in EVERY_LOSS if not loss.uses_reference} == free
+    assert {type(loss).__name__ for loss in EVERY_LOSS if loss.needs_rows} == {"BMC"}
+    assert {type(loss).__name__ for loss in EVERY_LOSS if loss.needs_reference_rows} == {"BMC"}
+    assert {type(loss).__name__ for loss in EVERY_LOSS if loss.soft_labels} == {"MMPO", "CaPO"}
+    assert not any(loss.needs_eos for loss in EVERY_LOSS)
+    budgeted = REFADynamic(eos_penalty="budgeted", eos_lambda=0.1, eos_budget=2)
+    assert (budgeted.needs_eos, budgeted.needs_rows) == (True, True)
+    every_need = Sum([(1.0, losses.BMC()), (1.0, budgeted)])
+    assert every_need.needs_eos
+    assert every_need.needs_rows
+    assert every_need.needs_reference_rows
+    assert every_need.uses_reference
+
+
+PENALTIES = ("target", "simple", "budget_independent", "budgeted")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [*EVERY_LOSS, *(REFADynamic(eos_penalty=name, eos_lambda=0.1, eos_budget=2) for name in PENALTIES)],
+    ids=lambda loss: type(loss).__name__,
+)
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_groups_without_responses_cost_nothing(loss, num_groups):
+    none, ids, offsets = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    data = ResponseStats(
+        none, ids, none, torch.zeros(num_groups + 1, dtype=torch.int64), none, none, response_offsets=offsets,
+        logp_R=none, eos_logp_R=none, target_R=ids, ref_logp_R=none,
+    )  # fmt: skip
+    out = loss(data)
+    assert out.loss.item() == 0.0
+    assert out.per_group_B.tolist() == [0.0] * num_groups

@@ -34,8 +34,6 @@ class _Listwise(Loss):
     def _output(self, stats: CheckedStats) -> LossOutput:
         groups = Groups(stats.group_offsets, stats.logp_M.device)
         score_M = self.beta * self._ratios(stats)
-        if score_M.numel() == 0:
-            return mean_output(groups.pad(score_M, 0.0).sum(1))
         return mean_output(self.group_terms(groups.pad(score_M, 0.0), padded_rewards(stats, groups), groups))
 
     def _ratios(self, stats: ResponseStats) -> torch.Tensor:
