@@ -31,7 +31,8 @@ def split_kernel(
     rows = tl.program_id(0) // num_splits * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = rows < num_rows
     target = tl.load(target_R + rows, mask=is_row, other=-1)
-    top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    # A finite number, so that a tile of nothing but -inf, ruled out by the bias, has a sum of 0, not NaN.
+    top = tl.full((BLOCK_R,), -3.0e38, tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     # NaN where the target is no token: nobody waits for the device to say so, and the log-prob must not look sound.
     z_target = tl.where((target >= 0) & (target < num_tokens), 0.0, float("nan"))

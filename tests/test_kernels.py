@@ -126,6 +126,20 @@ def test_a_target_far_from_zero_keeps_the_digits_of_its_log_prob(with_gradient):
     torch.testing.assert_close(eos_logp.double(), exact[[4, 4]], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("ruled_out", [slice(0, 300), slice(1000, 1500), slice(600, 1400)], ids=str)
+def test_tokens_that_the_bias_rules_out_do_no_harm_to_the_others(ruled_out, with_gradient):
+    """Padding of the vocabulary, say: whole tiles of it, and whole splits, are -inf."""
+    hidden, weight, _, _ = head(5, 64, 1500, torch.float32)
+    bias = torch.zeros(1500, device=DEVICE)
+    bias[ruled_out] = -torch.inf
+    target = torch.tensor([400, 401, 500, 555, 1499 if ruled_out.stop < 1500 else 0], device=DEVICE)
+    hidden.requires_grad_(with_gradient)
+    logp = linear_logprob(hidden, weight, target, bias_V=bias, impl="triton")
+    exact = reference.linear_logprob(hidden.double(), weight.double(), target, bias_V=bias.double())
+    torch.testing.assert_close(logp.double(), exact, atol=1e-4, rtol=0)
+
+
 def test_a_sure_target_keeps_the_digits_of_its_gradient():
     # p_target = 1 - 1e-4: the gradient of its logit is 1e-4, which 1 - p would round.
     weight = torch.eye(64, device=DEVICE)[:2].repeat(1, 1)
