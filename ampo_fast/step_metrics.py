@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,35 +72,43 @@ def distinctness(scored: ScoredGroup, indices: Sequence[int]) -> float:
     return torch.pdist(points).mean().item() if len(points) > 1 else math.nan
 
 
+class LogpGap(NamedTuple):
+    """|trainer - engine| over the tokens of one group: what was sampled from against what is trained."""
+
+    total: float
+    highest: float
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class TrainedGroup:
     """How the policy sees one trained group: per-token log-probs of its responses, and how far the engine's are off."""
 
     positive: list[float]
     negative: list[float]
-    difference: list[float] | None
-    """|trainer - engine| per token, per response: what was sampled from against what is trained; None: not known."""
+    difference: LogpGap | None
+    """None: the engine's log-probs are not known."""
 
 
 def trained_groups(stats: Any, batch: PackedBatch) -> list[TrainedGroup]:
     """The groups of one micro-batch, in order; stats is what the loss returned for it."""
     average_M = (stats.logp_M / stats.length_M).float().cpu()
     is_positive_M = batch.positive_M.cpu()
-    difference_M = _engine_difference(stats, batch)
+    gaps = _engine_gaps(stats, batch)
     groups = []
-    for start, end in itertools.pairwise(batch.group_offsets.tolist()):
+    for (start, end), gap in zip(itertools.pairwise(batch.group_offsets.tolist()), gaps, strict=True):
         values, side = average_M[start:end], is_positive_M[start:end]
-        difference = None if difference_M is None else difference_M[start:end].tolist()
-        groups.append(TrainedGroup(values[side].tolist(), values[~side].tolist(), difference))
+        groups.append(TrainedGroup(values[side].tolist(), values[~side].tolist(), gap))
     return groups
 
 
-def _engine_difference(stats: Any, batch: PackedBatch) -> torch.Tensor | None:
+def _engine_gaps(stats: Any, batch: PackedBatch) -> list[LogpGap | None]:
+    """One for each group. Token by token: summed over a response, differences of both signs would hide each other."""
+    rows_B = batch.response_offsets[batch.group_offsets].diff().tolist()
     if batch.sampled_logp_R is None:
-        return None
-    ends = batch.response_offsets.tolist()
-    engine_M = torch.stack([batch.sampled_logp_R[a:b].sum() for a, b in itertools.pairwise(ends)])
-    return ((stats.logp_M - engine_M).abs() / stats.length_M).cpu()
+        return [None] * len(rows_B)
+    gap_R = (stats.logp_R - batch.sampled_logp_R).abs().cpu()
+    return [LogpGap(part.sum().item(), part.max().item(), len(part)) for part in gap_R.split(rows_B)]
 
 
 def policy_metrics(groups: Sequence[TrainedGroup]) -> dict[str, float]:
@@ -145,16 +153,16 @@ def sharing_metrics(plans: Sequence[Sequence[MicroBatch]], is_shared: bool, is_r
 
 
 def logp_difference(groups: Sequence[TrainedGroup], fresh: bool) -> dict[str, float]:
-    """|trainer - engine| over the responses, in nats per token, where the engine's log-probs are known.
+    """|trainer - engine| over the responses' tokens, in nats, where the engine's log-probs are known.
 
     Of one version (fresh) it is the mismatch of two implementations, and has TRL's name. Otherwise the policy's own
     movement since the responses were sampled is in it, and it is named for that.
     """
     if any(group.difference is None for group in groups):
         return {}
-    gaps = [value for group in groups for value in group.difference]
+    totals, highest, counts = zip(*(group.difference for group in groups), strict=True)
     name = "sampling/sampling_logp_difference" if fresh else "staleness/logp_difference"
-    return {f"{name}/mean": _mean(gaps), f"{name}/max": max(gaps)}
+    return {f"{name}/mean": sum(totals) / sum(counts), f"{name}/max": max(highest)}
 
 
 def _candidate(scored: ScoredGroup, i: int):
