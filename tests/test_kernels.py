@@ -196,7 +196,7 @@ def test_the_group_loss_and_its_closed_form_gradient(score, weight, split, power
     options = {"beta": 2.0, "alpha": 0.4, "gamma": gamma, "score": score, "weight": weight, "weight_power": power}
     if split != "given":
         more.pop("positive_M")
-    options |= {"split": split, "reduction": "none"}
+    options |= {"split": split, "reduction": "none", "alpha_place": ("outside", "inside")[power - 1]}
     upstream = torch.linspace(-1, 2, 6, device=DEVICE)
     results = []
     for impl, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):

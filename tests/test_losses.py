@@ -188,6 +188,8 @@ def test_budgeted_eos_penalty_by_hand():
     loss = GroupContrastive(beta=1.0, eos_penalty="budgeted", eos_lambda=0.1, eos_budget=2)
     expected = plain + 0.1 * ((0.5 / 2 - (0.1 + 0.8) / 2) + 0.3 / 2)
     assert loss(data).loss.item() == pytest.approx(expected, abs=1e-14)
+    expected = plain + 0.1 * (-(0.25 + 0.1 + 0.8) / 3 - 0.6)
+    assert dataclasses.replace(loss, eos_budget=1)(data).loss.item() == pytest.approx(expected, abs=1e-14)
     assert loss.needs_rows
     with pytest.raises(ValueError, match="eos_logp_R"):
         loss(dataclasses.replace(data, eos_logp_R=None))

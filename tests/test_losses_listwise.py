@@ -147,9 +147,14 @@ def test_kto_by_hand():
     assert given.loss.item() == pytest.approx(expected([False, True, True, False]), abs=1e-12)
 
 
-def test_kto_refuses_a_negative_reference_point():
+def test_options_out_of_range_are_named():
     with pytest.raises(ValueError, match="kl"):
         KTO(kl=-0.1)
+    with pytest.raises(ValueError, match="temperature = 0"):
+        NCA(temperature=0.0)
+    for kind in (KTO, PlackettLuce, InfoNCA):
+        with pytest.raises(ValueError, match="beta = 0"):
+            kind(beta=0.0)
 
 
 def test_kto_finds_nothing_desirable_where_all_rewards_are_equal():

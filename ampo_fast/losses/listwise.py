@@ -110,8 +110,8 @@ class PlackettLuce(_Listwise):
 
 
 def plackett_luce(score_BG: torch.Tensor, reward_BG: torch.Tensor, mask_BG: torch.Tensor) -> torch.Tensor:
-    """[B]: negative log-likelihood of the reward order under scores. Padding sorts last and adds nothing."""
-    order_BG = reward_BG.masked_fill(~mask_BG, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    """[B]: negative log-likelihood of the reward order under scores. Padding adds nothing wherever it is sorted."""
+    order_BG = reward_BG.argsort(dim=1, descending=True, stable=True)
     sorted_BG, is_in_BG = score_BG.gather(1, order_BG), mask_BG.gather(1, order_BG)
     index_G = torch.arange(score_BG.shape[1], device=score_BG.device)
     is_later_BGG = (index_G > index_G[:, None]) & is_in_BG[:, None, :]
