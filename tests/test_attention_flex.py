@@ -65,7 +65,10 @@ def programs(monkeypatch):
     kernel = attention_flex._kernel
     monkeypatch.setattr(attention_flex, "_kernel", lambda is_compiled: kernel(True))
     monkeypatch.setattr(attention_flex, "can_run", lambda query, softcap: True)
-    yield lambda: counters["stats"]["unique_graphs"]
+    # The kernel's buffers are for as many threads as compile it, which its name in the cache on disk leaves out unless told:
+    # a run with more threads would take it from there and write past them.
+    with torch._inductor.config.patch({"cpp.threads": torch.get_num_threads()}):
+        yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
 
 
