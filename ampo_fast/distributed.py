@@ -295,6 +295,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], compute_dtype: torch.dty
             module.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, which is how FSDP divides while it reduces.
             module.set_force_sum_reduction_for_comms(True)
+            # Else the gradient of what one rank alone used (an expert, say) is added to that of what another used instead.
+            if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.11 has no such switch
+                module.set_reduce_scatter_unused_params(True, recurse=False)
     for name in methods:
         register_fsdp_forward_method(root, name)
 

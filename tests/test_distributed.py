@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import runs
 from runs import HERE, command, comparable, environment, reached, torchrun, workers, write_run
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from ampo_fast import distributed
 from ampo_fast.checkpoint import checkpoint_dirs, load_checkpoint
@@ -335,6 +337,37 @@ def test_an_environment_that_is_no_group_is_refused(monkeypatch, values, message
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message), distributed.process_group(5):
         pass
+
+
+ROUTED = """
+import torch
+from torch import nn
+from ampo_fast import distributed
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    def forward(self, x, chosen):
+        return sum(self.experts[i](x).sum() for i in chosen)
+
+with distributed.process_group(60):
+    model = nn.Sequential(Experts())
+    model.forward = lambda x, chosen: model[0](x, chosen)
+    distributed.shard(model, [model[0]], torch.float32, ())
+    rank = distributed.rank()
+    model(torch.full((2, 4), 1.0 + rank), [[0, 1], [0, 2]][rank]).backward()
+    got = [distributed.whole(expert.weight.grad)[0, 0].item() for expert in model[0].experts]
+    assert got == [6.0, 2.0, 4.0], got
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs a newer torch than 2.11"
+)
+def test_experts_that_one_rank_alone_uses_get_their_own_gradient():
+    for status, err in runs.two_ranks(ROUTED):
+        assert status == 0, err[-2000:]
 
 
 def test_without_torchrun_there_is_one_rank_and_nothing_to_wait_for(monkeypatch):
