@@ -136,9 +136,12 @@ class Policy(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer's layers, by what the model class says must not be split."""
+        """The transformer's layers, by what the model class says must not be split; not what such a layer holds (Mamba's
+        names its mixers too)."""
         names = set(self.model._no_split_modules or ())
-        return [module for module in self.model.modules() if type(module).__name__ in names]
+        found = [module for module in self.model.modules() if type(module).__name__ in names]
+        inside = {id(part) for module in found for part in module.modules() if part is not module}
+        return [module for module in found if id(module) not in inside]
 
     @property
     def device(self) -> torch.device:

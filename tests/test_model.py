@@ -199,3 +199,9 @@ def test_a_weight_file_that_was_copied_in_part_is_named(tiny_model, tmp_path):
     (tmp_path / "half/model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"model\.path = '.*half' cannot be loaded as a causal LM"):
         Policy.load(ModelConfig(path=str(tmp_path / "half")))
+
+
+def test_the_layers_are_the_outermost_of_what_a_model_does_not_split(tmp_path):
+    """A part sharded or recomputed within its own layer once more is an error, or twice the work."""
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path, "mamba"))))
+    assert [type(block).__name__ for block in policy.blocks] == ["MambaBlock"] * 2
