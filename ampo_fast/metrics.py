@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,8 @@ def _finite_or_none(value: float) -> float | int | None:
 
 class _TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(_missing("tensorboard")) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # Events at purge_step and later are hidden: those that the resumed run writes again.
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step, flush_secs=10)
@@ -124,10 +123,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(_missing("wandb")) from error
+        import wandb
+
         id_file = run_dir / "wandb_id"
         known = resume_step is not None and id_file.exists()
         self._run = wandb.init(
@@ -150,11 +147,22 @@ _TRACKERS: dict[str, Callable[[Path, int | None], Any]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
 }
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that is not known, ImportError for one whose package is missing."""
+    for name in names:
+        if name not in _TRACKERS:
+            raise ValueError(f"run.trackers has {name!r}; known: {', '.join(_TRACKERS)}")
+        try:
+            import_module(_MODULES[name])
+        except ImportError as error:
+            raise ImportError(_missing(name)) from error
 
 
 def _open_tracker(name: str, run_dir: Path, resume_step: int | None) -> Any:
-    if name not in _TRACKERS:
-        raise ValueError(f"run.trackers has {name!r}; known: {', '.join(_TRACKERS)}")
+    check_trackers([name])
     return _TRACKERS[name](run_dir, resume_step)
 
 

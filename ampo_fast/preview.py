@@ -18,6 +18,7 @@ from ampo_fast.rewards import make_reward, score_groups
 from ampo_fast.rollouts.engines import make_engine
 from ampo_fast.sampler import read_prompts
 from ampo_fast.select import RewardTolerance, select_groups
+from ampo_fast.start_checks import check_start
 from ampo_fast.types import CandidateGroup, Prompt, SelectedGroup
 from ampo_fast.update import make_loss
 
@@ -28,8 +29,9 @@ def dry_run(config: Config) -> None:
     """Prints the resolved config, three real groups with their token masks, lengths, memory and cost."""
     console = Console(width=140, soft_wrap=True)
     console.print_json(config.model_dump_json())
+    rows = check_start(config)
     policy = Policy.load(config.model)
-    prompts = read_prompts(config, policy)
+    prompts = read_prompts(config, policy, rows)
     make_loss(config, prompts.sampler.prompts)  # only for what it refuses
     _print_lengths(prompts.read, policy, config, console)
     engine = make_engine(config, policy)

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from ampo_fast import losses
-from ampo_fast.config import Config
+from ampo_fast.assets import resolve_model
+from ampo_fast.config import Config, is_given
 from ampo_fast.embeddings import Embedder, SentenceEncoder
 from ampo_fast.engine_config import HttpConfig, read_options
 from ampo_fast.http_reward import HttpScorer
@@ -75,6 +76,18 @@ def _make_scorer(config: Config, encoder: Embedder | None, kind: str, field: str
     if ":" not in kind:
         raise ValueError(f"{field} = {kind!r}; use {_KINDS}")
     return _on_texts(PythonScorer(kind, field))
+
+
+def check_scorers(config: Config) -> None:
+    """Raises ValueError for a scorer that is known to be none before anything is loaded; imports a user's function."""
+    named = [(kind, "reward.kind") for kind in config.reward.kinds]
+    if config.data.eval and config.eval.reward:
+        named.append((config.eval.reward, "eval.reward"))
+    for kind, field in named:
+        if kind.startswith("classifier:"):
+            resolve_model(kind.removeprefix("classifier:"), f"the classifier of {field}")
+        elif not (kind == "relevance" or is_given(kind)):
+            _make_scorer(config, None, kind, field)
 
 
 def check_scores(prompts: Sequence[Prompt], kinds: Sequence[str]) -> None:

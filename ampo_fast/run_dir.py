@@ -48,21 +48,34 @@ def open_run_dir(
     """
     path = config.run_dir
     saved = path / _CONFIG
-    resolved = json.loads(config.model_dump_json())
+    check_run_dir(config, resume)
+    resolved = _resolved(config)
     if saved.exists():
-        if not resume:
-            raise ValueError(f"{path} already holds a run; add --resume auto, or choose another --run.name")
         _lock(path)
-        _check_same(path, _read(saved), resolved)
+        _warn_of_rounding(path, _read(saved), resolved)
         return path
-    if any(_is_content(entry) for entry in path.rglob("*")):
-        raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
     path.mkdir(parents=True, exist_ok=True)
     _lock(path)
     for name in folders:
         (path / name).mkdir(exist_ok=True)
     write_json(saved, resolved)
     return path
+
+
+def check_run_dir(config: Config | RewardTrainingConfig, resume: bool) -> None:
+    """Raises ValueError for a directory that open_run_dir would refuse, and creates none: a start may still fail."""
+    path = config.run_dir
+    saved = path / _CONFIG
+    if saved.exists():
+        if not resume:
+            raise ValueError(f"{path} already holds a run; add --resume auto, or choose another --run.name")
+        _check_same(path, _read(saved), _resolved(config))
+    elif any(_is_content(entry) for entry in path.rglob("*")):
+        raise ValueError(f"{path} exists and is not a run directory; choose another --run.name")
+
+
+def _resolved(config: Config | RewardTrainingConfig) -> Any:
+    return json.loads(config.model_dump_json())
 
 
 def keep_data(run_dir: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
@@ -137,15 +150,21 @@ def _read(saved: Path) -> Any:
 
 
 def _check_same(path: Path, saved: Any, resolved: Any) -> None:
-    differing = {key: f"{key}: {old!r} -> {new!r}" for key, old, new in _differences(saved, resolved)}
-    refused = [text for key, text in differing.items() if not _is_of(key, _FREE + _ROUNDING)]
+    refused = [told for key, told in _told_differences(saved, resolved) if not _is_of(key, _FREE + _ROUNDING)]
     if refused:
         raise ValueError(f"{path} was started with other settings ({'; '.join(refused)}); use another --run.name")
-    rounded = [text for key, text in differing.items() if _is_of(key, _ROUNDING)]
+
+
+def _warn_of_rounding(path: Path, saved: Any, resolved: Any) -> None:
+    rounded = [told for key, told in _told_differences(saved, resolved) if _is_of(key, _ROUNDING)]
     if rounded:
         log.warning(
             "%s goes on with %s: what follows is equal within rounding, not bit for bit", path, "; ".join(rounded)
         )
+
+
+def _told_differences(saved: Any, resolved: Any) -> list[tuple[str, str]]:
+    return [(key, f"{key}: {old!r} -> {new!r}") for key, old, new in _differences(saved, resolved)]
 
 
 def _is_of(key: str, names: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from ampo_fast.data import load_prompts, settle_disagreements
 from ampo_fast.engine_config import VllmConfig, read_options
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
+from ampo_fast.rewards import check_scores
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,29 @@ class RunPrompts:
     """data.train as it came, with what is not trained on."""
 
 
-def read_prompts(config: Config, policy: Policy) -> RunPrompts:
-    """Reads data.train and data.eval, for every rank to call.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRows:
+    """data.train and data.eval as they came."""
 
-    Raises ValueError for whatever in them, or in how many and how long they are, a run could not train on.
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+
+def load_rows(config: Config) -> RunRows:
+    """Reads data.train and data.eval, which takes no model: what is wrong with a file is said before one is loaded."""
+    train = _load(config.data.train, "data.train", config, needs_responses=config.rollout.engine == "data")
+    held_out = _load_held_out(config)
+    check_scores(train, config.reward.kinds)
+    return RunRows(train=train, held_out=held_out)
+
+
+def read_prompts(config: Config, policy: Policy, rows: RunRows) -> RunPrompts:
+    """What of the rows is trained and measured on, for every rank to call.
+
+    Raises ValueError for whatever in how many and how long they are a run could not train on.
     """
-    read = _load(config.data.train, "data.train", config, needs_responses=config.rollout.engine == "data")
-    lengths = _admitted_lengths(read, policy, config, "data.train")
-    train = [prompt for prompt in read if prompt.id in lengths]
+    lengths = _admitted_lengths(rows.train, policy, config, "data.train")
+    train = [prompt for prompt in rows.train if prompt.id in lengths]
     count = config.data.active_pairs
     if count:
         train = choose_pairs(policy, train, count, config.rollout.max_new_tokens)
@@ -47,12 +63,12 @@ def read_prompts(config: Config, policy: Policy) -> RunPrompts:
     return RunPrompts(
         sampler=PromptSampler(train, config.prompts_per_round, config.run.seed),
         longest=longest,
-        held_out=_held_out(config, policy),
-        read=read,
+        held_out=_admit_held_out(rows.held_out, policy, config),
+        read=rows.train,
     )
 
 
-def _held_out(config: Config, policy: Policy) -> list[Prompt]:
+def _load_held_out(config: Config) -> list[Prompt]:
     source = config.data.eval
     if source is None or not config.eval.prompts:
         return []
@@ -60,7 +76,11 @@ def _held_out(config: Config, policy: Policy) -> list[Prompt]:
         raise ValueError(
             f"data.eval needs a scorer for fresh answers: set eval.reward (reward.kind is {config.reward.kind!r})"
         )
-    return admit_prompts(_load(source, "data.eval", config), policy, config, "data.eval")[: config.eval.prompts]
+    return _load(source, "data.eval", config)
+
+
+def _admit_held_out(prompts: list[Prompt], policy: Policy, config: Config) -> list[Prompt]:
+    return admit_prompts(prompts, policy, config, "data.eval")[: config.eval.prompts] if prompts else []
 
 
 def _load(source: str, field: str, config: Config, needs_responses: bool = False) -> list[Prompt]:

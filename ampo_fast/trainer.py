@@ -39,15 +39,16 @@ from ampo_fast.model import Policy
 from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
-from ampo_fast.rewards import check_scores, make_reward
+from ampo_fast.rewards import make_reward
 from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine, samples_here
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker
-from ampo_fast.run_dir import keep_data, open_run_dir, run_closed
+from ampo_fast.run_dir import check_run_dir, keep_data, open_run_dir, run_closed
 from ampo_fast.sampler import read_prompts
 from ampo_fast.select import why_untrained
 from ampo_fast.stage_files import read_rows, write_rows_atomic
+from ampo_fast.start_checks import check_start
 from ampo_fast.step_metrics import group_metrics
 from ampo_fast.stop_signals import stop_signals
 from ampo_fast.trace import TRACE_FILE, Trace
@@ -79,17 +80,18 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
         self.config = config
+        rows = check_start(config)
+        distributed.on_main(lambda: check_run_dir(config, resume))
         self.policy = Policy.load(config.model)
         if config.model.compile:
             self.policy.compile_blocks()
         if config.optim.activation_checkpointing:
             self.policy.checkpoint_activations()
         self.policy.shard()
-        prompts = read_prompts(config, self.policy)
+        prompts = read_prompts(config, self.policy, rows)
         self.sampler, self.eval_prompts = prompts.sampler, prompts.held_out
         self.actor = Policy.load_replica(config.model) if self._needs_replica() else self.policy
         self.embedder = make_embedder(config, self.actor)
-        check_scores(self.sampler.prompts, config.reward.kinds)
         self.reward_fn = self.eval_reward_fn = make_reward(config, self.embedder)
         if self.eval_prompts and config.eval.reward:
             self.eval_reward_fn = make_reward(config, self.embedder, config.eval.reward)

@@ -58,6 +58,14 @@ def make_loss(config: Config, prompts: Sequence[Prompt] = ()) -> Loss:
     return loss
 
 
+def check_loss(config: Config) -> None:
+    """Raises what make_loss does for loss.name and loss.params; what a gamma is fitted on is not looked at."""
+    loss = config.loss
+    if isinstance(loss.params.get("gamma"), dict):
+        loss = loss.model_copy(update={"params": loss.params | {"gamma": 1.0}})
+    make_loss(config.model_copy(update={"loss": loss}))
+
+
 class Updater:
     """The policy's optimizer, its loss and, where the loss asks for one, the frozen reference."""
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 import runs
+import torch
 from runs import HERE, command, comparable, environment, reached, torchrun, workers, write_run
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule

@@ -30,6 +30,7 @@ LEVELS = [
      "vllm.weight_files",
      "reward_model.checkpoint", "reward_model.classifier_settings", "reward_model.data", "reward_model.evaluation",
      "reward_model.frozen_blocks", "reward_model.mean_pooling", "reward_model.model", "reward_model.text"},
+    {"start_checks"},
     {"report", "preview", "stages", "inspect_rows"},
     {"trainer", "reward_model.training", "evaluate"},
     {"cli"},

@@ -7,7 +7,7 @@ from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
-from ampo_fast.sampler import PromptSampler, admit_prompts, read_prompts
+from ampo_fast.sampler import PromptSampler, admit_prompts, load_rows, read_prompts
 
 
 @pytest.mark.parametrize(("num_prompts", "per_round"), [(10, 4), (7, 7), (5, 3), (12, 4)])
@@ -78,9 +78,13 @@ def run_config(tmp_path, num_rows=10, **sections):
     return config(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections})
 
 
+def prompts_of(settings, policy):
+    return read_prompts(settings, policy, load_rows(settings))
+
+
 def test_a_runs_prompts_come_from_the_config(tiny_policy, tmp_path):
     limit = len(tiny_policy.encode_prompt(prompt(0, "x" * 9).messages))
-    found = read_prompts(run_config(tmp_path, data={"max_prompt_tokens": limit}), tiny_policy)
+    found = prompts_of(run_config(tmp_path, data={"max_prompt_tokens": limit}), tiny_policy)
     assert [p.id for p in found.sampler.prompts] == [f"t{i}" for i in range(9)]
     assert (found.sampler.prompts_per_round, found.longest) == (4, limit)
     assert [p.id for p in found.held_out] == ["e0", "e1", "e2"]
@@ -94,7 +98,8 @@ def test_the_longest_prompt_has_the_most_tokens_whatever_the_characters(tiny_pol
 
     def read(budget):
         sections = {"data": {"train": train}, "optim": {"micro_batch_tokens": budget}}
-        return read_prompts(run_config(tmp_path, rollout={"max_new_tokens": 30}, **sections), tiny_policy)
+        settings = run_config(tmp_path, rollout={"max_new_tokens": 30}, **sections)
+        return read_prompts(settings, tiny_policy, load_rows(settings))
 
     assert read(longest + 30).longest == longest
     with pytest.raises(ValueError, match=rf"micro_batch_tokens = {longest + 29} .*at least {longest + 30}"):
@@ -105,10 +110,10 @@ def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp
     rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz"} for i in range(6)]
     offline = {"rollout": {"engine": "data"}, "reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels"}}
     data = {"train": write_rows(tmp_path / "pairs.jsonl", rows), "active_pairs": 4}
-    found = read_prompts(run_config(tmp_path, data=data, **offline), tiny_policy)
+    found = prompts_of(run_config(tmp_path, data=data, **offline), tiny_policy)
     assert len(found.sampler.prompts) == 4
     with pytest.raises(ValueError, match=r"needs 4 prompts.*the data has 3"):
-        read_prompts(run_config(tmp_path, data=data | {"active_pairs": 3}, **offline), tiny_policy)
+        prompts_of(run_config(tmp_path, data=data | {"active_pairs": 3}, **offline), tiny_policy)
 
 
 @pytest.mark.parametrize(
@@ -133,4 +138,4 @@ def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp
 )
 def test_prompts_that_a_run_cannot_use_are_refused(tiny_policy, tmp_path, sections, message):
     with pytest.raises(ValueError, match=message):
-        read_prompts(run_config(tmp_path, **sections), tiny_policy)
+        prompts_of(run_config(tmp_path, **sections), tiny_policy)

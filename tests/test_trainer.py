@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,6 +313,28 @@ def test_what_the_data_lacks_is_said_before_the_run_begins(tiny_model, tmp_path)
     with pytest.raises(ValueError, match=r"^data\.eval = '.*none\.jsonl' does not exist"):
         train(load_config(str(path), ["--data.eval", str(tmp_path / "none.jsonl")]))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--loss.name", "AMPOO"], "known: AMPO"),
+        (["--run.trackers", '["wandb"]'], "pip install wandb"),
+        (["--reward.kind", "nowhere:judge"], "'nowhere:judge' cannot be imported"),
+        (["--eval.reward", "classifier:./nowhere"], r"the classifier of eval\.reward = './nowhere' does not exist"),
+        (["--data.train", "none.jsonl"], r"none\.jsonl' does not exist"),
+        (["--run.name", "taken"], "already holds a run"),
+    ],
+)
+def test_what_takes_no_model_to_see_is_said_before_one_is_loaded(tiny_model, tmp_path, monkeypatch, override, message):
+    taken = tmp_path / "runs/taken"
+    taken.mkdir(parents=True)
+    (taken / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(Policy, "load", lambda config: pytest.fail("a model was loaded"))
+    with pytest.raises((ValueError, ImportError), match=message):
+        train(load_config(str(write_run(tmp_path, tiny_model)), override))
+    assert list((tmp_path / "runs").iterdir()) == [taken]
 
 
 def test_offline_training_from_multi_response_data(tiny_model, tmp_path):

@@ -38,6 +38,7 @@ from ampo_fast.config.sections import (
     Section,
     SelectConfig,
     Share,
+    is_given,
 )
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Share",
     "build_config",
     "field_paths",
+    "is_given",
     "load_config",
     "nearest_field",
     "parse_overrides",
