@@ -136,6 +136,8 @@ def test_offline_needs_no_n_above_k():
         ("data", "max_overlong_share", 2),
         ("run", "steps", 0),
         ("run", "trackers", ["mlflow"]),
+        ("run", "trackers", "mlflow"),
+        ("optim", "betas", [1.5, 0.9]),
         ("eval", "samples", 1),
         ("run", "name", ""),
         ("run", "name", ".."),
@@ -152,6 +154,10 @@ def test_wrong_values_name_the_field_and_the_value(section, field, value):
         build_config(sections)
     shown = value[0] if isinstance(value, list) else value
     assert repr(shown) in str(caught.value)
+
+
+def test_one_tracker_may_be_named_without_a_list():
+    assert build_config(MINIMAL | {"run": {"trackers": "wandb"}}).run.trackers == ("wandb",)
 
 
 def test_switches_take_true_and_false():

@@ -38,6 +38,7 @@ from ampo_fast.config.sections import (
     Section,
     SelectConfig,
     Share,
+    Trackers,
     is_given,
 )
 
@@ -67,6 +68,7 @@ __all__ = [
     "Section",
     "SelectConfig",
     "Share",
+    "Trackers",
     "build_config",
     "field_paths",
     "is_given",

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ampo_fast.types import Sampling
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _check_name(name: str) -> str:
@@ -22,6 +32,10 @@ def _check_name(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_check_name)]
 RunDir = Annotated[Path, AfterValidator(Path.expanduser)]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb"], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 
 
 ADVANCED = {"advanced": True}
@@ -52,8 +66,8 @@ class RunConfig(Section):
     dir: RunDir = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds prompts, sampling and selection.")
     steps: Positive = Field(100, description="Optimizer steps in the whole run.")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="Besides metrics.jsonl, which is always written."
+    trackers: Trackers = Field(
+        ("tensorboard",), description="tensorboard, wandb, both as a list, or []; metrics.jsonl is always written."
     )
     timeout_s: Annotated[float, Field(gt=0.0)] = Field(
         1800.0, description="How long a rank waits for the others before it names the one that hangs."
@@ -241,7 +255,7 @@ class ReferenceConfig(Section):
     """The reference of losses that divide by one: the model that training started from, unless it follows the policy."""
 
     every: Count = Field(0, description="Steps after which the reference moves to the policy; 0: never.")
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    decay: Decay = Field(
         0.0,
         description="What stays of the reference as it moves; 0: it becomes the policy (TSO), 0.5 at every 1: SAPO.",
         json_schema_extra=ADVANCED,
@@ -258,7 +272,7 @@ class BaseOptimConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
     min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")
-    betas: tuple[float, float] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.9, 0.95), description="AdamW's decay of both moments.", json_schema_extra=ADVANCED
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's decoupled decay.")
