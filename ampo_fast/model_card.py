@@ -114,7 +114,9 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
         num_groups=num_prompts,
         start=f"`{_HUB_NAMES.get(config.model.path, config.model.path)}`",
         base_model=_hub_name(config.model.path),
-        tags=list(dict.fromkeys(["ampo", "ampo_fast", "preference-optimization", loss.name.lower()])),
+        tags=list(
+            dict.fromkeys(["ampo", "ampo_fast", "preference-optimization", loss.name.rpartition(":")[2].lower()])
+        ),
         loss_params=params + (f", NLL weight {loss.nll_weight}" if loss.nll_weight else ""),
         source="the responses given for each prompt were scored"
         if given

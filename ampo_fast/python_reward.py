@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ampo_fast.types import Prompt
+from ampo_fast.user_code import named_object, own_grad_mode, told
 
 _PROMPTS = ("prompt", "prompts", "messages", "question", "questions")
 _RESPONSES = ("completion", "completions", "response", "responses", "answer", "answers")
@@ -37,15 +31,15 @@ class PythonScorer:
 
     def __init__(self, kind: str, field: str) -> None:
         self.named = f"{field} = {kind!r}"
-        self.function = self._load(kind)
+        self.function = self._load(kind, field)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         try:
-            with _own_grad_mode():
+            with own_grad_mode():
                 returned = self.function([Turns(prompt) for prompt in prompts], list(responses))
                 rewards = None if returned is None else list(returned)  # which runs a generator
         except Exception as error:
-            raise ValueError(f"{self.named} failed: {_told(error, self.function)}") from error
+            raise ValueError(f"{self.named} failed: {told(error, self.function)}") from error
         if rewards is None or len(rewards) != len(responses):
             count = "None" if rewards is None else f"{len(rewards)} rewards"
             raise ValueError(
@@ -59,16 +53,8 @@ class PythonScorer:
         except (TypeError, ValueError):
             raise ValueError(f"{self.named} returned {reward!r} for a response; it must be a number, or None") from None
 
-    def _load(self, kind: str) -> Callable[..., Any]:
-        module, _, name = kind.partition(":")
-        # An installed command has its own directory there, where `python -m` has the working one.
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            with _own_grad_mode():
-                function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever the module does as it is imported
-            raise ValueError(f"{self.named} cannot be imported: {_told(error)}") from error
+    def _load(self, kind: str, field: str) -> Callable[..., Any]:
+        function = named_object(kind, field)
         if not callable(function):
             raise ValueError(f"{self.named} is no function: it is {type(function).__name__}")
         self._check_order(function)
@@ -88,23 +74,3 @@ class PythonScorer:
 
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-@contextlib.contextmanager
-def _own_grad_mode() -> Iterator[None]:
-    """What code for inference switches off for good, training needs on."""
-    is_on = torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(is_on)
-
-
-def _told(error: Exception, function: Any = None) -> str:
-    """Type, message, and where it happened: the deepest line that is not a library's, else where the function begins."""
-    libraries = (os.path.dirname(os.__file__), os.path.dirname(__file__), "<frozen")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
-    frames = [frame for frame in frames if "site-packages" not in frame.filename]
-    code = getattr(function, "__code__", None)
-    where = (frames[-1].filename, frames[-1].lineno) if frames else code and (code.co_filename, code.co_firstlineno)
-    return f"{type(error).__name__}: {error}" + (f" ({where[0]}:{where[1]})" if where else "")

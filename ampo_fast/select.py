@@ -12,6 +12,7 @@ import torch
 
 from ampo_fast import losses
 from ampo_fast.config import Config
+from ampo_fast.own_selection import coverage_cost, own_negatives, own_strategy
 from ampo_fast.pareto import draw_sides
 from ampo_fast.random_streams import stream_seed
 from ampo_fast.selection import select_responses
@@ -71,11 +72,12 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     sides = [_sides(group, config) for group in scored]
     rewards = torch.tensor([reward for group in scored for reward in group.reward], dtype=torch.float64)
+    is_own = own_strategy(config.select.strategy) is not None
     chosen = select_responses(
         torch.cat([group.embedding for group in scored]),
         rewards.nan_to_num(0.0),  # invalid ones only, which the mask keeps out
-        config.select.k,
-        strategy=config.select.strategy,
+        1 if is_own else config.select.k,
+        strategy="bottom_k" if is_own else config.select.strategy,  # for the positive alone, which is always the best
         group_offsets=offsets,
         coverage=config.select.coverage,
         valid=torch.tensor([ok for valid, _ in sides for ok in valid]),
@@ -85,8 +87,27 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
         seed=config.run.seed,
         time_limit=config.run.timeout_s / 2,  # the other ranks wait for the whole of it
     )
-    rows = zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True)
+    rows = list(zip(scored, chosen.positive.tolist(), chosen.negative.tolist(), chosen.cost.tolist(), strict=True))
+    if is_own:
+        valids = [valid for valid, _ in sides]
+        rows = [_chosen_by_own(*row[:2], valid, keeps_ties, config) for row, valid in zip(rows, valids, strict=True)]
     return [_selected(*row, reward_tol, config) for row in rows]
+
+
+def _chosen_by_own(
+    scored: ScoredGroup, positive: list[int], valid: Sequence[bool], keeps_ties: bool, config: Config
+) -> tuple[ScoredGroup, list[int], list[int], float]:
+    """The group, its positive, its negatives and their coverage cost, by a user's own select.strategy."""
+    best, settings = positive[0], config.select
+    reward_N = torch.tensor(scored.reward, dtype=torch.float64)
+    eligible = [
+        i for i, ok in enumerate(valid) if ok and i != best and (keeps_ties or bool(reward_N[i] < reward_N[best]))
+    ]
+    if best < 0 or not eligible:
+        return scored, [], [], math.nan
+    negative = own_negatives(settings.strategy, scored.embedding, reward_N, best, eligible, settings.k)
+    cost = coverage_cost(scored.embedding, reward_N, valid, best, negative, settings.coverage == "all")
+    return scored, positive, negative, cost
 
 
 def _sides(group: ScoredGroup, config: Config) -> tuple[Sequence[bool], Sequence[bool]]:

@@ -137,6 +137,7 @@ def test_offline_needs_no_n_above_k():
         ("run", "steps", 0),
         ("run", "trackers", ["mlflow"]),
         ("run", "trackers", "mlflow"),
+        ("select", "strategy", "opt_selekt"),
         ("optim", "betas", [1.5, 0.9]),
         ("eval", "samples", 1),
         ("run", "name", ""),

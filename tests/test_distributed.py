@@ -362,9 +362,7 @@ with distributed.process_group(60):
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs a newer torch than 2.11"
-)
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs a newer torch than 2.11")
 def test_experts_that_one_rank_alone_uses_get_their_own_gradient():
     for status, err in runs.two_ranks(ROUTED):
         assert status == 0, err[-2000:]

@@ -476,3 +476,15 @@ def test_groups_without_responses_cost_nothing(loss, num_groups):
     out = loss(data)
     assert out.loss.item() == 0.0
     assert out.per_group_B.tolist() == [0.0] * num_groups
+
+
+def test_a_loss_of_ones_own_is_found_by_its_module_and_what_is_none_is_refused(tmp_path, monkeypatch):
+    own = "from ampo_fast.losses import Loss\nclass Mine(Loss): pass\ndef function(stats): pass\n"
+    (tmp_path / "my_losses.py").write_text(own)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert losses.loss_class("my_losses:Mine").__name__ == "Mine"
+    for name, message in (
+        ("my_losses:function", "is no loss"), ("my_losses:Loss", "is no loss"), ("my_losses:Our", "cannot be imported"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"loss\.name = '{name}' {message}"):
+            losses.loss_class(name)

@@ -232,9 +232,20 @@ class EmbedConfig(Section):
     batch_rows: Positive = Field(64, description="Texts embedded together.", json_schema_extra=ADVANCED)
 
 
+_STRATEGIES = ("bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random")
+
+
+def _check_strategy(name: str) -> str:
+    if name not in _STRATEGIES and ":" not in name:
+        raise ValueError(f"known: {', '.join(_STRATEGIES)}; or MODULE:FUNCTION, one of your own")
+    return name
+
+
 class SelectConfig(Section):
-    strategy: Literal["bottom_k", "coreset", "k_center", "opt_select", "opt_select_exact", "best_worst", "random"] = (
-        "opt_select"
+    strategy: Annotated[str, AfterValidator(_check_strategy)] = Field(
+        "opt_select",
+        description=f"{', '.join(_STRATEGIES)}, or MODULE:FUNCTION(embeddings, rewards, k) -> indices of up to k negatives, "
+        "where row 0 is the positive.",
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
@@ -246,7 +257,7 @@ class SelectConfig(Section):
 
 
 class LossConfig(Section):
-    name: str = Field("AMPO", description="A class of ampo_fast.losses.")
+    name: str = Field("AMPO", description="A class of ampo_fast.losses, or MODULE:CLASS, a losses.Loss of your own.")
     params: dict[str, Any] = Field(default_factory=dict, description="Its fields: --loss.params.beta 10.")
     nll_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Adds this times the positive's mean NLL.")
 

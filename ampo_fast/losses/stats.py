@@ -127,7 +127,10 @@ def check_params(kind: Callable[..., Any], params: Iterable[str]) -> None:
 
 
 class Loss:
-    """Called on ResponseStats, which are checked; with what the fused op and the trainer read from a loss before they call it."""
+    """Called on ResponseStats, which are checked; with what the fused op and the trainer read from a loss before they call it.
+
+    To write one: a frozen dataclass below it, with its parameters as fields and `_output(stats) -> LossOutput`.
+    """
 
     needs_rows: ClassVar[bool] = False
     """Whether it reads response_offsets, logp_R, eos_logp_R and target_R."""

@@ -29,7 +29,9 @@ class RewardRunConfig(Section):
     dir: RunDir = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds the held-out split, the order of the groups and a new head.")
     epochs: Positive = Field(3, description="Passes over the groups, unless stopped early.")
-    trackers: Trackers = Field((), description="tensorboard, wandb, or both as a list; metrics.jsonl is always written.")
+    trackers: Trackers = Field(
+        (), description="tensorboard, wandb, or both as a list; metrics.jsonl is always written."
+    )
 
 
 class RewardDataConfig(Section):
