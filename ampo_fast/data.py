@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import csv
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-from ampo_fast.data_formats import Format, Row, read_row
-from ampo_fast.jsonl import read_jsonl
+from ampo_fast.data_formats import Format, Row, read_row, with_numbers
+from ampo_fast.jsonl import read_json, read_jsonl
 from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_JSONL = (".jsonl", ".jsonl.gz")
+_TABLES = (".csv", ".tsv")
+_SUFFIXES = (*_JSONL, ".json", ".parquet", *_TABLES)
+_LONGEST_CELL = 1 << 27
 _FORMATS_WITH_RESPONSES = "responses, completions, all_generated_responses, A0.. with score_A0.., chosen + rejected"
 
 
-def load_prompts(source: str, *, needs_responses: bool = False, field: str = "") -> list[Prompt]:
-    """Reads a .jsonl, .jsonl.gz or .parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).
+def load_prompts(
+    source: str, *, needs_responses: bool = False, field: str = "", columns: Mapping[str, str] = MappingProxyType({})
+) -> list[Prompt]:
+    """Reads a .jsonl, .jsonl.gz, .json, .parquet, .csv or .tsv file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).
 
     Formats (data_formats.FORMATS) are known by their fields, one format a source: prompts only (`prompt` as text or
     chat turns, or `messages`); `responses` with content and reward, or `scores` by name; UltraFeedback's `completions`;
     AMPO's published columns; preference pairs (TRL, UltraFeedback-binarized, RewardBench with its `subset`). A prompt's
     id is its `id` (SUBSET/ID), else `prompt_id`, else the row's number from 1. Pairs that share id and prompt become
-    ID, ID#2, ...
+    ID, ID#2, ... `columns` says what a source calls those fields, {"prompt": "question"}; where needs_responses, its first
+    row must have them all.
 
     Raises:
         ValueError: naming file and line, for a row that cannot be read, a second format, a repeated id, or, where
@@ -36,6 +44,10 @@ def load_prompts(source: str, *, needs_responses: bool = False, field: str = "")
     first: tuple[Format, str] | None = None
     for where, number, row in _rows(source, field):
         try:
+            if needs_responses and not prompts:
+                _check_columns(columns, row)
+            row = _renamed(row, columns)
+            row = with_numbers(row) if source.endswith(_TABLES) else row
             found, turns, responses = read_row(row)
             first = first or (found, where)
             _check_same_format(found, row, first)
@@ -73,6 +85,18 @@ def settle_disagreements(groups: Sequence[Prompt], rule: str, field: str) -> lis
     if wrong:
         log.warning("%s: labels and scores disagree in %d of %d pairs: %s", field, len(wrong), len(groups), rule)
     return [g for g in groups if not disagreeing(g)] if rule == "drop" else list(groups)
+
+
+def _check_columns(columns: Mapping[str, str], row: Row) -> None:
+    """A misspelt one of scores would train on labels alone, without a word."""
+    for name, theirs in columns.items():
+        if theirs not in row:
+            raise ValueError(f"data.columns.{name} = {theirs!r} is no field; there are {', '.join(map(str, row))}")
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    rest = {key: value for key, value in row.items() if key not in columns.values()}
+    return rest | {name: row[theirs] for name, theirs in columns.items() if theirs in row}
 
 
 def _check_same_format(found: Format, row: Row, first: tuple[Format, str]) -> None:
@@ -123,7 +147,11 @@ def _rows(source: str, field: str) -> Iterator[tuple[str, int, Row]]:
         raise ValueError(f"{field} = {source!r} does not exist" if field else f"{source!r} does not exist")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif path.name.endswith(_SUFFIXES):
+    elif path.suffix in _TABLES:
+        yield from _table_rows(path)
+    elif path.suffix == ".json":
+        yield from ((f"{path}: row {number}", number, row) for number, row in read_json(path))
+    elif path.name.endswith(_JSONL):
         yield from ((f"{path}:{number}", number, row) for number, row in read_jsonl(path))
     elif path.exists():
         raise ValueError(f"{source}: a data file must end in {', '.join(_SUFFIXES)}")
@@ -138,6 +166,26 @@ def _packaged(name: str) -> Path:
         known = sorted(f"package:{entry.stem}" for entry in folder.glob("*.jsonl"))
         raise ValueError(f"'package:{name}' does not exist; known: {', '.join(known)}")
     return path
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, int, Row]]:
+    """A table with a header; an empty cell is no value."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = next(rows, [])
+            if len(set(header)) < len(header):
+                raise ValueError(f"{path}:1: two columns of one name in {', '.join(header)}")
+            for number, cells in enumerate(filter(None, rows), 1):
+                where = f"{path}:{rows.line_num}"
+                if len(cells) != len(header):
+                    raise ValueError(f"{where}: {len(cells)} cells under {len(header)} names; text with commas needs quotes")
+                yield where, number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8, after line {rows.line_num}: {error.reason}") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}:{rows.line_num}: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, int, Row]]:

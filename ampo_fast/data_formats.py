@@ -16,6 +16,7 @@ Row = dict[str, Any]
 Turns = tuple[dict[str, str], ...]
 Conversation = tuple[Turns, tuple[GivenResponse, ...]]
 
+_SCORE = re.compile(r"(chosen|rejected)_score|score_\w+|margin")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -41,7 +42,9 @@ def read_row(row: Row) -> tuple[Format, Turns, tuple[GivenResponse, ...]]:
     found = next((known for known in FORMATS if any(mark in row for mark in known.marks)), None)
     if found is None:
         have = ", ".join(sorted(row)) or "none"
-        raise ValueError(f"fields ({have}) fit no known format; known: {known_formats()}")
+        raise ValueError(
+            f"fields ({have}) fit no known format; known: {known_formats()}; data.columns says what yours are called"
+        )
     missing = [field for field in found.required if field not in row]
     if missing:
         names = ", ".join(map(repr, missing))
@@ -53,6 +56,18 @@ def read_row(row: Row) -> tuple[Format, Turns, tuple[GivenResponse, ...]]:
 
 def known_formats() -> str:
     return "; ".join(f"{known.name} ({', '.join(known.required)})" for known in FORMATS)
+
+
+def with_numbers(row: Row) -> Row:
+    """A table's row, whose cells are all text, with numbers for scores; what is no number stays, to be refused as one."""
+    return {name: _number(cell) if _SCORE.fullmatch(name) else cell for name, cell in row.items()}
+
+
+def _number(cell: str | None) -> str | float | None:
+    try:
+        return None if cell is None else float(cell)
+    except ValueError:
+        return cell
 
 
 # --- parts of a row -------------------------------------------------------------------------------
@@ -89,8 +104,12 @@ def _reward(value: Any, field: str) -> float | None:
     if value is None:
         return None
     if not is_number(value):
-        raise ValueError(f"{field} must be a number or null, got {_kind(value)}")
+        raise ValueError(f"{field} must be a number or null, got {_shown(value)}")
     return float(value) if math.isfinite(value) else None
+
+
+def _shown(value: Any) -> str:
+    return f"str {value!r}" if isinstance(value, str) else _kind(value)
 
 
 def _kind(value: Any) -> str:

@@ -32,6 +32,24 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path} is empty: it holds no rows")
 
 
+def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number from 1, object) of a .json file: one list of objects, or JSON Lines under that name."""
+    content = path.read_bytes()
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(content)
+    except ValueError as error:  # of the bytes as of the JSON
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        _check_whole_characters(row, where)
+        yield number, row
+
+
 def drop_torn_line(path: Path) -> None:
     """Cuts a last line without its newline off: the one that a killed process was writing."""
     content = path.read_bytes()

@@ -84,7 +84,7 @@ def _admit_held_out(prompts: list[Prompt], policy: Policy, config: Config) -> li
 
 
 def _load(source: str, field: str, config: Config, needs_responses: bool = False) -> list[Prompt]:
-    prompts = load_prompts(source, needs_responses=needs_responses, field=field)
+    prompts = load_prompts(source, needs_responses=needs_responses, field=field, columns=config.data.columns)
     return settle_disagreements(prompts, config.data.disagreement, field)
 
 

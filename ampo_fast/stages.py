@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from ampo_fast.stage_files import (
     write_rows_atomic,
 )
 from ampo_fast.types import GivenResponse, Prompt, ScoredGroup
+
+_NO_JSONL = (".parquet", ".csv", ".tsv", ".json")
 
 KeepRows = Callable[[Sequence[Row]], None]
 
@@ -88,7 +90,8 @@ def generate(config: Config, source: str | Path | None, output: Path) -> int:
     """Samples rollout.n candidates for every prompt of `source` (default data.train); returns how many rows are new."""
     is_offline = config.rollout.engine == "data"
     field = "--input" if source else "data.train"
-    prompts = load_prompts(str(source or config.data.train), needs_responses=is_offline, field=field)
+    path, columns = str(source or config.data.train), config.data.columns
+    prompts = load_prompts(path, needs_responses=is_offline, field=field, columns=columns)
     _claim("generate", config, output)
     policy = Policy.load(config.model)
     prompts = admit_prompts(prompts, policy, config, field)
@@ -260,16 +263,16 @@ def _put_in_order(output: Path, ids: Sequence[str]) -> None:
 def _input(stage: str, config: Config, source: Path, output: Path) -> list[Row]:
     if source.resolve() == output.resolve():
         raise ValueError(f"--input and --output are both {source}; choose another --output")
-    rows = [_as_stage_row(row) for row in _read(source)]
+    rows = [_as_stage_row(row) for row in _read(source, config.data.columns)]
     _claim(stage, config, output)
     return rows
 
 
-def _read(source: Path) -> list[Row]:
+def _read(source: Path, columns: Mapping[str, str]) -> list[Row]:
     """The rows of a stage file, or those of a data file of any format that brings responses."""
-    if source.suffix != ".parquet" and is_stage_row(next(read_jsonl(source))[1]):
+    if source.suffix not in _NO_JSONL and is_stage_row(next(read_jsonl(source))[1]):
         return read_rows(source)
-    prompts = load_prompts(str(source), needs_responses=True, field="--input")
+    prompts = load_prompts(str(source), needs_responses=True, field="--input", columns=columns)
     return [
         {"id": prompt.id, "prompt": list(prompt.messages), "responses": list(map(_given, prompt.responses))}
         for prompt in prompts
@@ -305,7 +308,7 @@ def _claim(stage: str, config: Config, output: Path) -> None:
         ]
         if differing:
             raise ValueError(f"{output} was begun with {'; '.join(differing)}; choose another --output")
-    if output.suffix in (".gz", ".parquet"):
+    if output.suffix in (".gz", *_NO_JSONL):
         raise ValueError(f"--output {output}: a stage file is plain JSON Lines; name it .jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(sidecar, settings)

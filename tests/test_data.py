@@ -1,6 +1,7 @@
 """Every format read, and every kind of bad input refused by file and line."""
 
 import builtins
+import csv
 import gzip
 import json
 import math
@@ -39,6 +40,64 @@ def load_one(tmp_path):
 
 def contents(prompt):
     return [(response.content, response.reward) for response in prompt.responses]
+
+
+# --- tables, lists, and columns of other names ----------------------------------------------------
+
+ODD = {"prompt": "question", "chosen": "good", "rejected": "bad", "chosen_score": "s1", "rejected_score": "s2"}
+
+
+def test_a_table_gives_what_jsonl_gives(tmp_path):
+    row = {"id": "a", "prompt": 'Say "hi",\nor not', "chosen": "hi 日本", "rejected": "0.5"}
+    scored = row | {"chosen_score": 1e-3, "rejected_score": -2}
+    expected = load_prompts(write(tmp_path / "data.jsonl", scored))
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        path = tmp_path / f"data.{suffix}"
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            table = csv.writer(file, delimiter=delimiter)  # Windows line ends, as spreadsheets write them
+            table.writerows([scored.keys(), scored.values()])
+        assert load_prompts(str(path)) == expected
+
+
+def test_a_list_in_one_json_file_is_rows_and_lines_under_that_name_too(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    path = tmp_path / "data.json"
+    path.write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    listed = load_prompts(str(path))
+    assert [(p.id, p.where) for p in listed] == [("1", f"{path}: row 1"), ("2", f"{path}: row 2")]
+    assert load_prompts(write(path, *rows)) == listed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,chosen,rejected\na,b,c\na,b\n", r":3: 2 cells under 3 names"),
+        ("prompt,chosen,chosen\na,b,c\n", r":1: two columns of one name"),
+        ('prompt,chosen,rejected\na,"b"x,c\n', r":2: ',' expected after '\"'"),
+        ("prompt,chosen,rejected,chosen_score,rejected_score\na,b,c,high,1\n", r":2: the reward of chosen .*'high'"),
+        ("prompt,chosen,rejected\na,b,\n", r":2: missing field 'rejected'"),
+        ("prompt,chosen,rejected\n", r"is empty"),
+        ("", r"is empty"),
+    ],
+)
+def test_broken_tables_name_file_and_line(tmp_path, text, message):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(path), needs_responses=True)
+
+
+def test_columns_say_what_the_data_calls_a_formats_fields(load_one):
+    row = {"question": "q", "good": "a", "bad": "b", "s1": 3, "s2": 1, "prompt": "another thing"}
+    prompt = load_one(row, needs_responses=True, columns=ODD)
+    assert (prompt.messages[0]["content"], contents(prompt)) == ("q", [("a", 3.0), ("b", 1.0)])
+
+
+def test_a_misspelt_column_is_refused_with_the_fields_there_are(load_one):
+    row = {"question": "q", "good": "a", "bad": "b", "s1": 3, "s3": 1}
+    with pytest.raises(ValueError, match=r":1: data\.columns\.rejected_score = 's2' is no field; there are question, good"):
+        load_one(row, needs_responses=True, columns=ODD)
+    assert load_one({"question": "q"}, columns=ODD).messages[0]["content"] == "q"  # held-out prompts need no more
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -384,9 +443,9 @@ def test_text_that_is_not_utf8_names_the_line(tmp_path):
 def test_missing_file_unknown_suffix_and_directory(tmp_path):
     with pytest.raises(ValueError, match=r"no\.jsonl' does not exist"):
         load_prompts(str(tmp_path / "no.jsonl"))
-    (tmp_path / "x.csv").write_text("prompt\na\n")
-    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.jsonl\.gz, \.parquet"):
-        load_prompts(str(tmp_path / "x.csv"))
+    (tmp_path / "x.txt").write_text("prompt\na\n")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.jsonl\.gz, \.json, \.parquet, \.csv"):
+        load_prompts(str(tmp_path / "x.txt"))
     with pytest.raises(ValueError, match=r"must end in"):
         load_prompts(str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):

@@ -14,10 +14,12 @@ from ampo_fast.config.reading import (
 )
 from ampo_fast.config.sections import (
     ADVANCED,
+    COLUMNS,
     DISAGREEMENT,
     BaseModelConfig,
     BaseOptimConfig,
     CheckpointConfig,
+    Columns,
     Config,
     Count,
     DataConfig,
@@ -44,10 +46,12 @@ from ampo_fast.config.sections import (
 
 __all__ = [
     "ADVANCED",
+    "COLUMNS",
     "DISAGREEMENT",
     "BaseModelConfig",
     "BaseOptimConfig",
     "CheckpointConfig",
+    "Columns",
     "Config",
     "Count",
     "DataConfig",

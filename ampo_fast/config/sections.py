@@ -59,6 +59,10 @@ Disagreement = Literal["raise", "scores", "drop"]
 DISAGREEMENT = "Pairs whose chosen response has the lower score: an error, trust the scores, or leave out."
 
 
+Columns = dict[str, str]
+COLUMNS = "What the data calls a format's fields: --data.columns.prompt question --data.columns.chosen good."
+
+
 class RunConfig(Section):
     """Where the run lives, how long it is, and who watches it."""
 
@@ -78,9 +82,10 @@ class DataConfig(Section):
     """Prompts, or multi-response data with rewards (then rollout.engine = "data")."""
 
     train: str = Field(
-        ..., description="JSONL or Parquet file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
+        ..., description="JSONL, JSON, Parquet, CSV or TSV file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
     )
     eval: str | None = Field(None, description="Held-out prompts, same formats.")
+    columns: Columns = Field(default_factory=dict, description=COLUMNS, json_schema_extra=ADVANCED)
     active_pairs: Count = Field(
         0, description="Only so many pairs, those that tell the last layer most (D-optimal: ADPO, APO); 0: all."
     )

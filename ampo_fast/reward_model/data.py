@@ -27,7 +27,7 @@ def load_groups(config: RewardDataConfig, field: str = "data.train") -> list[Pro
     Raises ValueError, naming field and rows: too many missing scores, chosen below rejected, nothing left.
     """
     source = config.train if field == "data.train" else config.eval
-    groups = load_prompts(source, needs_responses=True, field=field)
+    groups = load_prompts(source, needs_responses=True, field=field, columns=config.columns)
     groups = scored_only(groups, config.max_missing_share, field)
     groups = settle_disagreements(groups, config.disagreement, field)
     if config.group_by_prompt:
