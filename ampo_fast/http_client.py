@@ -24,15 +24,20 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_SHOWN = 400
 _CHUNK_BYTES = 1 << 16
 _LONGEST_WAIT_S = 20.0
+_LONGEST_ASKED_WAIT_S = 300.0
 
 
 class HttpError(ConnectionError):
-    """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off); `status`:
-    what the server answered, where it did."""
+    """A call that failed. `is_passing`: the same call may succeed later (the server is away, busy or broke off), and not
+    before wait_s where the server named a time (Retry-After in seconds, of rate limits); `status`: what it answered, where
+    it did."""
 
-    def __init__(self, message: str, is_passing: bool = False, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, is_passing: bool = False, status: int | None = None, wait_s: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.is_passing, self.status = is_passing, status
+        self.wait_s = min(wait_s, _LONGEST_ASKED_WAIT_S)
 
 
 class JsonClient:
@@ -67,26 +72,27 @@ class JsonClient:
         url = self.base_url + path
         request = urllib.request.Request(url, data=data, headers=self._headers, method=method)
         try:
-            status, text = self._exchange(request, timeout_s or self.timeout_s)
+            status, text, wait_s = self._exchange(request, timeout_s or self.timeout_s)
         except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, resets, torn answers
             raise HttpError(f"{method} {url}: {getattr(error, 'reason', error)!r}", True) from None
         if status >= 300:
             shown = text[:_MAX_SHOWN].decode(errors="replace")
-            raise HttpError(f"{method} {url}: HTTP {status}: {shown}", status in _PASSING, status)
+            raise HttpError(f"{method} {url}: HTTP {status}: {shown}", status in _PASSING, status, wait_s)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError:
             raise HttpError(f"{method} {url}: the answer is not JSON: {text[:_MAX_SHOWN]!r}", True) from None
 
-    def _exchange(self, request: urllib.request.Request, timeout_s: float) -> tuple[int, bytes]:
-        """(status, body)"""
+    def _exchange(self, request: urllib.request.Request, timeout_s: float) -> tuple[int, bytes, float]:
+        """(status, body, the wait that it asks for)"""
         deadline = time.monotonic() + timeout_s
         try:
             answer = self._opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as refusal:
             answer = refusal
         with answer:
-            return answer.status, _read(answer, deadline)
+            asked = answer.headers.get("Retry-After", "")
+            return answer.status, _read(answer, deadline), float(asked) if asked.isdecimal() else 0.0
 
 
 def _read(answer: Any, deadline: float) -> bytes:
@@ -141,12 +147,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def retried(call: Callable[[], Any], attempts: int, at_least_s: float = 0.0, at_most_s: float = math.inf) -> Any:
     """call(), repeated with growing random pauses while it raises a passing HttpError; the last error is raised.
 
-    It ends after `attempts` calls or, where that is later, after at_least_s; in any case after at_most_s.
+    It ends after `attempts` calls or, where that is later, after at_least_s; in any case after at_most_s. A pause is no
+    shorter than the error asks for.
     """
     enough = tenacity.stop_all(tenacity.stop_after_attempt(attempts), tenacity.stop_after_delay(at_least_s))
+    growing = tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S)
     retrying = tenacity.Retrying(
         stop=tenacity.stop_any(enough, tenacity.stop_after_delay(at_most_s)),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_S),
+        wait=lambda state: growing(state) + state.outcome.exception().wait_s,
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, HttpError) and error.is_passing),
         before_sleep=lambda state: log.warning("retrying: %s", state.outcome.exception()),
         reraise=True,

@@ -83,6 +83,16 @@ def test_a_refusal_is_quoted(serve):
     assert caught.value.is_passing
 
 
+def test_a_server_that_is_asked_too_often_says_how_long_to_wait(serve, clock):
+    refusal = b"HTTP/1.1 429 Slow down\r\nRetry-After: 30\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(HttpError, match="HTTP 429") as caught:
+        client(serve([refusal])).get("/")
+    with pytest.raises(HttpError):
+        retried(failing(caught.value), attempts=3)
+    assert len(clock) == 2
+    assert all(30 < pause < 31 for pause in clock)
+
+
 def test_a_proxy_never_sees_what_is_meant_for_this_machine(serve, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
