@@ -19,6 +19,8 @@ from ampo_fast.types import Prompt
 
 log = logging.getLogger(__name__)
 
+_NUM_LOOKED_AT = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPrompts:
@@ -55,6 +57,8 @@ def read_prompts(config: Config, policy: Policy, rows: RunRows) -> RunPrompts:
     """
     lengths = _admitted_lengths(rows.train, policy, config, "data.train")
     train = [prompt for prompt in rows.train if prompt.id in lengths]
+    if config.rollout.engine == "data":
+        _warn_of_cut_answers(train, policy, config.rollout.max_new_tokens)
     count = config.data.active_pairs
     if count:
         train = choose_pairs(policy, train, count, config.rollout.max_new_tokens)
@@ -66,6 +70,19 @@ def read_prompts(config: Config, policy: Policy, rows: RunRows) -> RunPrompts:
         held_out=_admit_held_out(rows.held_out, policy, config),
         read=rows.train,
     )
+
+
+def _warn_of_cut_answers(prompts: Sequence[Prompt], policy: Policy, limit: int) -> None:
+    """By a sample: what is cut is never a positive, so a low limit leaves much of the data untrained."""
+    sample = prompts[:: -(-len(prompts) // _NUM_LOOKED_AT)]
+    lengths = [len(policy.encode_response(r.content)) for p in sample for r in p.responses if r.finish_reason == "stop"]
+    num_long = sum(length > limit for length in lengths)
+    if num_long:
+        log.warning(
+            "data.train: %d of %d answers that were looked at are longer than rollout.max_new_tokens = %d: they are cut there, "
+            "and a group whose best answer is cut is left out; the longest has %d tokens",
+            num_long, len(lengths), limit, max(lengths),
+        )  # fmt: skip
 
 
 def _load_held_out(config: Config) -> list[Prompt]:

@@ -106,6 +106,22 @@ def test_the_longest_prompt_has_the_most_tokens_whatever_the_characters(tiny_pol
         read(longest + 29)
 
 
+def test_given_answers_that_will_be_cut_are_counted_at_the_start(tiny_policy, tmp_path, caplog):
+    rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "a" * (3 + 10 * (i < 2)), "rejected": "b"} for i in range(8)]
+    data = {"train": write_rows(tmp_path / "pairs.jsonl", rows)}
+    offline = {"reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels"}}
+
+    def read(limit):
+        settings = run_config(tmp_path, data=data, rollout={"engine": "data", "max_new_tokens": limit}, **offline)
+        read_prompts(settings, tiny_policy, load_rows(settings))
+
+    read(14)
+    assert caplog.text == ""
+    read(13)
+    assert "2 of 16 answers that were looked at are longer than rollout.max_new_tokens = 13" in caplog.text
+    assert "the longest has 14 tokens" in caplog.text
+
+
 def test_active_pairs_are_chosen_before_rounds_are_made_of_them(tiny_policy, tmp_path):
     rows = [{"id": str(i), "prompt": f"q{i}", "chosen": "aei" * (i + 1), "rejected": "xyz"} for i in range(6)]
     offline = {"rollout": {"engine": "data"}, "reward": {"kind": "data"}, "eval": {"reward": "toy_rewards:vowels"}}
