@@ -163,9 +163,13 @@ def warn_about_scale(gamma: float, margins: Sequence[float]) -> None:
     if 0.52 <= target <= 0.98:
         return
     kind = "all but hard labels" if target > 0.98 else "all but coin tosses"
+    try:
+        way_out = f"gamma = {gamma_for_agreement(sizes, 0.75):.3g} would make it 0.75"
+    except ValueError:
+        way_out = f"no gamma suits the largest, {max(sizes):.3g}, beside the rest"
     log.warning(
-        "gamma = %g on these margins (median %.3g) makes a mean target of %.3f: %s; gamma = %.3g would make it 0.75",
-        gamma, sorted(sizes)[len(sizes) // 2], target, kind, gamma_for_agreement(sizes, 0.75),
+        "gamma = %g on these margins (median %.3g) makes a mean target of %.3f: %s; %s",
+        gamma, sorted(sizes)[len(sizes) // 2], target, kind, way_out,
     )  # fmt: skip
 
 

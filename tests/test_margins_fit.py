@@ -107,3 +107,9 @@ def test_a_gamma_of_another_scale_is_warned_about(gamma, words, caplog):
         resolve_gamma({"gamma": gamma}, [1.0, 2.0], [])
     assert words in caplog.text
     assert "would make it 0.75" in caplog.text
+
+
+def test_a_warning_about_the_scale_does_not_end_a_run_whose_gamma_is_given(caplog):
+    margins = [3.0] * 9 + [1e12]  # a score of -1e12 where a judge said nothing
+    assert resolve_gamma({"gamma": 2.2}, margins, []) == {"gamma": 2.2}
+    assert "all but hard labels; no gamma suits the largest, 1e+12, beside the rest" in caplog.text
