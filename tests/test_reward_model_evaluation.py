@@ -100,6 +100,12 @@ def test_evaluate_answers_with_json_and_a_page(tiny_model, pairs, tmp_path, caps
     assert "on 2 pairs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_named(score):
+    with pytest.raises(ValueError, match=r"scores are NaN or infinite in 1 of 2 groups: why"):
+        evaluate_scores([group([1.0, 0.0]), group([1.0, 0.0])], [[0.0, 1.0], [score, 1.0]])
+
+
 def test_a_models_implicit_reward_over_itself_is_zero(tiny_model):
     rows = implicit_rewards(str(tiny_model), str(tiny_model), 0.1, [group([1.0, 0.0])])
     assert rows == [[0.0, 0.0]]

@@ -56,6 +56,11 @@ class PairTable:
 
 
 def pair_table(groups: Sequence[Prompt], scores: Sequence[Sequence[float]]) -> PairTable:
+    """Raises ValueError for scores that are not finite, which a model gives whose weights are not, or overflow."""
+    wrong = [group.id for group, score in zip(groups, scores, strict=True) if not all(map(math.isfinite, score))]
+    if wrong:
+        named = f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}"
+        raise ValueError(f"the model's scores are NaN or infinite in {len(wrong)} of {len(groups)} groups: {named}")
     gap, margin, ratio, prompt, subset, ties = [], [], [], [], [], []
     for group, score in zip(groups, scores, strict=True):
         key = conversation_key(group)
