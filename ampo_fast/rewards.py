@@ -227,14 +227,15 @@ def check_missing(groups: Sequence[CandidateGroup], rewards: Sequence[Sequence[R
 def valid_candidates(
     group: CandidateGroup, reward_raw: Sequence[float], truncated: str = "negative"
 ) -> tuple[bool, ...]:
-    """False for an empty response, a repeat of an earlier one, a missing reward, and a cut one where those are excluded."""
+    """False for an empty response, a repeat of an earlier valid one, a missing reward, and a cut one where those are excluded."""
     seen: set[str] = set()
     valid = []
     for candidate, reward in zip(group.candidates, reward_raw, strict=True):
         text = candidate.content.strip()
         is_cut = candidate.finish_reason == "length" and truncated == "exclude"
         valid.append(bool(text) and text not in seen and math.isfinite(reward) and not is_cut)
-        seen.add(text)
+        if valid[-1]:
+            seen.add(text)
     return tuple(valid)
 
 

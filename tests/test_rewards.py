@@ -99,6 +99,13 @@ def test_empty_duplicate_and_unscored_candidates_are_invalid():
     assert valid_candidates(made, (1.0,) * 5, "exclude") == (True, False, False, True, False)
 
 
+def test_a_repeat_counts_where_the_first_one_does_not():
+    finish = ["length", "stop", "stop", "stop", "stop"]
+    repeated = group(["a", "a", "b", "b", "b"], finish=finish)
+    rewards = [1.0, 1.0, math.nan, 2.0, 2.0]
+    assert valid_candidates(repeated, rewards, "exclude") == (False, True, False, True, False)
+
+
 def test_missing_rewards_are_masked_until_they_are_too_many():
     groups = [group(["a", "b", "c", "d"])]
     check_missing(groups, [[1.0, None, 2.0, 3.0]], 0.25)
