@@ -14,6 +14,7 @@ from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
 from ampo_fast.model_card import versions
+from ampo_fast.model_files import read_tokenizer
 from ampo_fast.report.reward_page import write_evaluation_page
 from ampo_fast.reward_model.config import RewardDataConfig, RewardModelConfig
 from ampo_fast.reward_model.data import load_groups
@@ -71,29 +72,28 @@ def evaluate_file(scorer: Scorer, pairs: str, html: Path | None = None, limit: i
 def implicit_rewards(policy: str, reference: str, beta: float, groups: Sequence[Prompt]) -> list[list[float]]:
     """beta (log pi(y) - log pi_ref(y)) of each response, summed over its tokens and end of turn (arXiv 2305.18290).
 
-    Raises ValueError where the two models do not read and write the same tokens.
+    One model is in memory at a time. Raises ValueError, before one is read, where they do not read and write the same tokens.
     """
-    for path, option in ((policy, "--policy"), (reference, "--reference")):
-        resolve_model(path, option)
-    tuned = Policy.load(ModelConfig(path=policy))
-    first = _sums(tuned, groups)
-    base = Policy.load(ModelConfig(path=reference))
-    check_same_vocabulary(tuned, base)
-    second = _sums(base, groups)
+    configs = [
+        ModelConfig(path=resolve_model(path, option))
+        for path, option in ((policy, "--policy"), (reference, "--reference"))
+    ]
+    check_same_vocabulary(*(read_tokenizer(config.path, config) for config in configs), policy, reference)
+    first, second = (_sums(Policy.load(config), groups) for config in configs)
     return [[beta * (a - b) for a, b in zip(x, y, strict=True)] for x, y in zip(first, second, strict=True)]
 
 
-def check_same_vocabulary(policy: Policy, reference: Policy) -> None:
+def check_same_vocabulary(ours: Any, theirs: Any, policy: str, reference: str) -> None:
     """A log-ratio needs the same tokens on both sides. Raises ValueError for another vocabulary or chat template."""
-    ours, theirs = policy.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
-    if ours != theirs:
-        other = sum(theirs.get(token) != index for token, index in ours.items())
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    if vocabulary != other:
+        count = sum(other.get(token) != index for token, index in vocabulary.items())
         raise ValueError(
-            f"the reference {reference.source} has another vocabulary ({len(theirs)} tokens, {policy.source}: {len(ours)}; "
-            f"{other} differ): their log-probs do not compare; use the model that training started from"
+            f"the reference {reference} has another vocabulary ({len(other)} tokens, {policy}: {len(vocabulary)}; "
+            f"{count} differ): their log-probs do not compare; use the model that training started from"
         )
-    if policy.tokenizer.chat_template != reference.tokenizer.chat_template:
-        raise ValueError(f"the reference {reference.source} has another chat template than {policy.source}")
+    if ours.chat_template != theirs.chat_template:
+        raise ValueError(f"the reference {reference} has another chat template than {policy}")
 
 
 def _sums(policy: Policy, groups: Sequence[Prompt]) -> list[list[float]]:

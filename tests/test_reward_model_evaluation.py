@@ -1,7 +1,9 @@
 """Scores against preferences, by hand; and the command on files."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,8 @@ from builders import prompt
 from conftest import make_tiny_model
 
 from ampo_fast import cli
-from ampo_fast.evaluate import Scorer, check_same_vocabulary, implicit_rewards
+from ampo_fast.evaluate import Scorer, implicit_rewards
+from ampo_fast.model import Policy
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.evaluation import evaluate_scores, pair_table
 from ampo_fast.reward_model.model import RewardModel
@@ -141,11 +144,8 @@ def test_a_pair_that_is_longer_than_the_model_was_made_for_is_refused(tmp_path):
         implicit_rewards(small, small, 0.1, [short, long])
 
 
-def test_a_reference_of_another_vocabulary_is_refused(tiny_policy, tiny_model, tmp_path):
+def test_a_reference_of_another_vocabulary_is_refused_before_a_model_is_read(tiny_model, tmp_path, monkeypatch):
     import shutil
-
-    from ampo_fast.config import ModelConfig
-    from ampo_fast.model import Policy
 
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
@@ -153,8 +153,24 @@ def test_a_reference_of_another_vocabulary_is_refused(tiny_policy, tiny_model, t
     vocab = data["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"another vocabulary.*2 differ"):
-        check_same_vocabulary(tiny_policy, Policy.load(ModelConfig(path=str(other))))
+    monkeypatch.setattr(Policy, "load", None)
+    with pytest.raises(ValueError, match=r"other has another vocabulary.*2 differ"):
+        implicit_rewards(str(tiny_model), str(other), 0.1, [group([1.0, 0.0])])
+
+
+def test_one_of_the_two_models_is_in_memory_at_a_time(tiny_model, monkeypatch):
+    alive, load = [], Policy.load
+
+    def watched(config):
+        gc.collect()
+        assert not any(policy() for policy in alive)
+        policy = load(config)
+        alive.append(weakref.ref(policy))
+        return policy
+
+    monkeypatch.setattr(Policy, "load", watched)
+    implicit_rewards(str(tiny_model), str(tiny_model), 0.1, [group([1.0, 0.0])])
+    assert len(alive) == 2
 
 
 @pytest.mark.parametrize(
