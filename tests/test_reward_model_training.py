@@ -263,6 +263,15 @@ def test_a_step_without_a_finite_loss_is_noted_and_the_third_ends_the_run(tiny_m
     assert [line.split(":")[0] for line in noted] == ["step 1", "step 2", "step 3"]
 
 
+def test_held_out_ties_alone_are_refused_before_the_run_directory_is_made(tiny_model, tmp_path):
+    ties = write_pairs(tmp_path / "ties.jsonl")
+    rows = [json.loads(line) | {"chosen_score": 1.0, "rejected_score": 1.0} for line in ties.read_text().splitlines()]
+    ties.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"data\.eval: every pair has equal scores"):
+        train_reward(settings(tmp_path, tiny_model, data={"eval": str(ties)}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_rated_groups_with_ties_train_and_are_measured(tiny_model, tmp_path):
     rng = random.Random(0)
     rows = []

@@ -264,6 +264,9 @@ def _groups(config: RewardTrainingConfig) -> tuple[list[Prompt], list[Prompt]]:
     else:
         train, held = groups, load_groups(config.data, "data.eval")
     check_margins(train, getattr(reward_model, config.loss.name))
+    if not any(margins_and_labels(held)[0]):
+        source = "data.eval" if config.data.eval else "the prompts that data.eval_share holds out"
+        raise ValueError(f"{source}: every pair has equal scores, so nothing can be measured there")
     return train, held
 
 
