@@ -52,8 +52,7 @@ class Scorer:
         if self.reward_model is None:
             return implicit_rewards(self.policy, self.reference, self.beta, groups)
         model = RewardModel.load(RewardModelConfig(path=self.reward_model), field="--reward-model")
-        encoded = [model.encode(group) for group in groups]
-        return [score.tolist() for score in model.score_groups(encoded, _MAX_TOKENS)]
+        return [score.tolist() for score in model.score_groups(model.encode_all(groups), _MAX_TOKENS)]
 
 
 def evaluate_file(scorer: Scorer, pairs: str, html: Path | None = None, limit: int | None = None) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class _Classifier:
             replace(group.prompt, responses=tuple(GivenResponse(content=c.content) for c in group.candidates))
             for group in groups
         ]
-        scores = self.model.score_groups([self.model.encode(prompt) for prompt in given], self.max_tokens)
+        scores = self.model.score_groups(self.model.encode_all(given), self.max_tokens)
         return [score.tolist() for score in scores]
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import prompt
+from builders import config, group, prompt
 from conftest import make_tiny_model
 
 from ampo_fast.reward_model.config import RewardModelConfig
 from ampo_fast.reward_model.model import RewardModel
+from ampo_fast.rewards import make_reward
 from ampo_fast.types import GivenResponse, Prompt
 
 TEXTS = (("yes.", "yes indeed, and why not?"), ("no", "never ever", "no"), ("a" * 40, "b"))
@@ -250,6 +251,17 @@ def test_overlong_texts_keep_their_opening_the_question_and_their_closing(backbo
     assert len(long) == 10 + end
     assert model.text.num_truncated == 2
     assert model.text.is_overlong(prompt(0, "x").messages, "c" * 60)
+
+
+def test_answers_that_a_reward_does_not_read_to_their_end_are_said_once(backbone, tmp_path, caplog):
+    RewardModel.load(RewardModelConfig(path=backbone), max_tokens=20, seed=0).export(tmp_path / "out", [])
+    caplog.clear()
+    reward = make_reward(config(reward={"kind": f"classifier:{tmp_path / 'out'}"}))
+    for _ in range(2):
+        assert len(reward([group(["a" * 60, "b", "c" * 60])])[0]) == 3
+    assert [message for message in caplog.messages if "does not read" in message] == [
+        "2 of 3 responses are, with their prompt, longer than the reward model's 20 tokens: it does not read their end"
+    ]
 
 
 def test_a_responses_length_counts_what_it_shares_with_the_others_and_what_is_read_of_it(backbone):

@@ -7,6 +7,7 @@ Shapes: M responses, T packed tokens, L padded length, D hidden.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ampo_fast.reward_model.frozen_blocks import FrozenBlocks
 from ampo_fast.reward_model.mean_pooling import append_mean_block, mean_first_tokens, standardise
 from ampo_fast.reward_model.text import RewardText
 from ampo_fast.types import Prompt, Segment
+
+log = logging.getLogger(__name__)
 
 _MAX_WASTE = 0.1
 _MIN_CHUNK_TOKENS = 1024
@@ -117,6 +120,17 @@ class RewardModel(nn.Module):
     def encode(self, group: Prompt) -> EncodedGroup:
         ids = self.text.encode(group.messages, [response.content for response in group.responses])
         return EncodedGroup(f"{group.id}", tuple(ids), _shared_length(ids))
+
+    def encode_all(self, groups: Sequence[Prompt]) -> list[EncodedGroup]:
+        """Says, the first time, how many responses are cut."""
+        was_said = self.text.num_truncated > 0
+        encoded = [self.encode(group) for group in groups]
+        if self.text.num_truncated and not was_said:
+            log.warning(
+                "%d of %d responses are, with their prompt, longer than the reward model's %d tokens: it does not read their end",
+                self.text.num_truncated, sum(len(group.responses) for group in groups), self.text.max_tokens,
+            )  # fmt: skip
+        return encoded
 
     def num_tokens(self, group: EncodedGroup) -> int:
         """What a forward of the group holds, but for padding: its shared beginning once, or with each response."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 # An encoder's tokenizer has no chat template: turns one after another, each closed by its separator.
 _PLAIN_TEMPLATE = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
