@@ -20,6 +20,7 @@ from ampo_fast.config import LoraConfig
 from ampo_fast.files import save_tensors
 
 _ADAPTER = "default"
+_BASE = ".base_layer."
 _SEED = 0
 """Of A (B starts at zero): the same on every rank and in every run, whatever was drawn before."""
 
@@ -65,20 +66,25 @@ def switched_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def base_tensors(model: nn.Module, is_merged: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of the base model, with the adapter added where is_merged; all ranks must iterate to the end."""
+def base_tensors(
+    model: nn.Module, is_merged: bool, by_name: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of the base model, with the adapter added where is_merged, in the model's order or by name; one
+    at a time, and all ranks must iterate to the end."""
     distributed.reshard(model)
-    for name, tensor in model.state_dict().items():
-        if is_adapter(name):
-            continue
+    tensors = [item for item in model.state_dict().items() if not is_adapter(item[0])]
+    if by_name:
+        tensors.sort(key=lambda item: _base_name(item[0]))
+    for name, tensor in tensors:
         whole = distributed.whole(tensor.detach())
-        prefix, adapted, leaf = name.rpartition(".base_layer.")
-        if not adapted:
-            yield name, whole
-        elif is_merged and leaf == "weight":
-            yield f"{prefix}.{leaf}", whole + _delta(model.get_submodule(prefix))
-        else:
-            yield f"{prefix}.{leaf}", whole
+        prefix, _, leaf = name.rpartition(_BASE)
+        if is_merged and prefix and leaf == "weight":
+            whole = whole + _delta(model.get_submodule(prefix))
+        yield _base_name(name), whole
+
+
+def _base_name(name: str) -> str:
+    return name.replace(_BASE, ".")
 
 
 def base_hash(model: nn.Module) -> str:

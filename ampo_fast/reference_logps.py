@@ -186,8 +186,11 @@ def reference_hash(reference: Policy, prompts: Iterable[Prompt], max_new_tokens:
     for prompt in prompts:
         row = [prompt.id, prompt.messages, [response.content for response in prompt.responses]]
         digest.update(json.dumps(row, sort_keys=True).encode())
-    tensors = base_tensors(reference.model, is_merged=False) if reference.lora else reference.model.state_dict().items()
-    for name, tensor in sorted(tensors):
+    if reference.lora:  # one whole tensor of a sharded base at a time
+        tensors = base_tensors(reference.model, is_merged=False, by_name=True)
+    else:
+        tensors = sorted(reference.model.state_dict().items())
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

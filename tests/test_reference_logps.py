@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from builders import config, prompt, scored
 from runs import comparable, of_other_modes, write_run
 
+from ampo_fast import distributed
 from ampo_fast.config import ModelConfig, load_config
 from ampo_fast.model import Policy
 from ampo_fast.packing import MicroBatch, pack
@@ -115,6 +117,24 @@ def test_part_of_a_group_has_its_own_and_an_adapters_reference_is_its_base(tiny_
     whole = references.of(pack([group]), MicroBatch((group,))).ref_logp_M
     assert torch.equal(references.of(pack([group]), part).ref_logp_M, whole[1:])  # kept: the positive 2, then 0 and 1
     torch.testing.assert_close(of_base.of(pack([group]), MicroBatch((group,))).ref_logp_M, whole)
+
+
+def test_the_hash_of_an_adapters_base_is_that_of_the_model_and_holds_one_tensor_at_a_time(tiny_model, monkeypatch):
+    """A sharded base is gathered for it: all of its tensors at once would be a whole model on every rank."""
+    pytest.importorskip("peft")
+    gathered, most = [], []
+
+    def gather(tensor):
+        whole = tensor.clone()
+        gathered.append(weakref.ref(whole))
+        most.append(sum(ref() is not None for ref in gathered))
+        return whole
+
+    adapted = Policy.load(ModelConfig(path=str(tiny_model), lora={"rank": 2}))
+    monkeypatch.setattr(distributed, "whole", gather)
+    found = reference_hash(adapted, PROMPTS, 8)
+    assert max(most) <= 2  # the one in hand while the next is gathered
+    assert found == reference_hash(Policy.load(ModelConfig(path=str(tiny_model))), PROMPTS, 8)
 
 
 @pytest.mark.parametrize("given", [True, False])
