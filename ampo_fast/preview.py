@@ -32,7 +32,7 @@ def dry_run(config: Config) -> None:
     rows = check_start(config)
     policy = Policy.load(config.model)
     prompts = read_prompts(config, policy, rows)
-    make_loss(config, prompts.sampler.prompts)  # only for what it refuses
+    loss = make_loss(config, prompts.sampler.prompts)
     _print_lengths(prompts.read, policy, config, console)
     engine = make_engine(config, policy)
     started = time.perf_counter()
@@ -48,6 +48,7 @@ def dry_run(config: Config) -> None:
     for group in selected:
         _print_group(group, policy, console)
     _print_cost(policy, groups, generate_s, config, console)
+    _print_memory(policy, loss.uses_reference, config, console)
 
 
 def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, console: Console) -> None:
@@ -100,12 +101,11 @@ def _print_group(group: SelectedGroup, policy: Policy, console: Console) -> None
 def _print_cost(
     policy: Policy, groups: Sequence[CandidateGroup], generate_s: float, config: Config, console: Console
 ) -> None:
-    """FLOPs and estimated seconds of a step that trains on all N against one that trains on 1 + k, and memory."""
+    """FLOPs and estimated seconds of a step that trains on all N against one that trains on 1 + k."""
     started = time.perf_counter()
     response_logp(policy, groups, config.optim.micro_batch_tokens)
     forward_s = time.perf_counter() - started
     num_parameters = sum(p.numel() for p in policy.parameters())
-    num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     head = policy.head.weight.numel()
     per_step = config.optim.prompts_per_step / len(groups)
     kept = min(config.select.k + 1, config.rollout.n)
@@ -120,14 +120,28 @@ def _print_cost(
     console.print(
         f"sampling: {generate_s * per_step:.1f} s per step of {config.optim.prompts_per_step} prompts, measured on {len(groups)}"
     )
+
+
+def _print_memory(policy: Policy, uses_reference: bool, config: Config, console: Console) -> None:
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    num_copied = num_parameters if uses_reference and not policy.lora else 0  # an adapter's reference is its base
     longest = config.optim.micro_batch_tokens
     text = policy.model.config.get_text_config()
-    activations = longest * text.num_hidden_layers * (14 * text.hidden_size + 4 * text.intermediate_size) * 4
-    console.print(
-        f"memory, estimated: parameters {_gib(4 * num_parameters)}, gradients {_gib(4 * num_trained)}, AdamW "
-        f"{_gib(8 * num_trained)}, activations of a full micro-batch of {longest} tokens {_gib(activations)}; "
-        f"optim.micro_batch_tokens bounds the last"
-    )
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size  # GPT-2, OPT and others call it otherwise
+    per_layer = longest * (14 * text.hidden_size + 4 * wide) * 4
+    activations = text.num_hidden_layers * per_layer
+    if config.optim.activation_checkpointing:  # each layer's input, and one layer as it runs again
+        activations = text.num_hidden_layers * longest * text.hidden_size * 4 + per_layer
+    parts = {
+        "parameters": 4 * num_parameters,
+        "gradients": 4 * num_trained,
+        "AdamW": 8 * num_trained,
+        "the reference": 4 * num_copied,
+        f"activations of a full micro-batch of {longest} tokens": activations,
+    }
+    said = ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in parts.items() if num_bytes)
+    console.print(f"memory, estimated: {said}; optim.micro_batch_tokens bounds the last")
 
 
 def _step_flops(

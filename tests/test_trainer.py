@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from builders import config
 from runs import command, comparable, of_other_modes, reached, write_run
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import PolicyEmbedder
@@ -400,6 +402,16 @@ def test_dry_run_shows_groups_and_cost_and_writes_nothing(tiny_model, tmp_path):
     for text in ("TFLOP per step", "1 + 3", "all 6", "memory, estimated", "BOS", "over the limit"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_memory_estimate_counts_the_reference_and_needs_no_field_that_gpt_2_lacks(tiny_model, tmp_path, capsys):
+    plain = shutil.copytree(tiny_model, tmp_path / "gpt2")
+    settings = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "vocab_size": 261}
+    GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=0, eos_token_id=1)).save_pretrained(plain)
+    for model, loss, counted in ((plain, "AMPO", False), (tiny_model, "SWEPO", True)):
+        dry_run(load_config(str(write_run(tmp_path, model, loss={"name": loss}))))
+        memory = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
+        assert ("the reference" in memory) == counted
 
 
 @pytest.mark.parametrize(
