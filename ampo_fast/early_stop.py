@@ -17,13 +17,15 @@ START = {"best_reward": None, "bad_evals": 0, "evaluated": 0, "kl": 0.0}
 def take_in(state: dict[str, Any], step: int, measured: Mapping[str, float | None]) -> bool:
     """Takes an evaluation in -> whether it is the best so far, which is then the one to beat.
 
-    A metric that is NaN (None as it reads back) is no reward, and leaves the KL as it was.
+    A metric that is NaN (None as it reads back) is no reward, and leaves the KL as it was. The start's evaluation, at step 0,
+    counts against nothing: there is none before it to be better than.
     """
     reward, kl = measured["eval/reward"], measured["eval/kl"]
     state |= {"evaluated": step, "kl": kl if _is_finite(kl) else state["kl"]}
     best = state["best_reward"]
     is_better = _is_finite(reward) and (best is None or reward > best)
-    state |= {"best_reward": reward, "bad_evals": 0} if is_better else {"bad_evals": state["bad_evals"] + 1}
+    bad_evals = 0 if is_better or step == 0 else state["bad_evals"] + 1
+    state |= {"bad_evals": bad_evals} | ({"best_reward": reward} if is_better else {})
     return is_better
 
 

@@ -24,6 +24,11 @@ def test_only_a_higher_reward_is_better_and_starts_the_patience_anew():
     assert state["bad_evals"] == 0
 
 
+def test_an_unscored_start_does_not_stop_a_run_before_its_first_step():
+    _, state = taken_in((math.nan, 0.0))
+    assert why_stop(state, EvalConfig(patience=1)) is None
+
+
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
