@@ -100,13 +100,13 @@ class Policy(nn.Module):
         What samples and scores runs as before: its shapes change at every token. Before checkpoint_activations and shard.
         """
         attention.keep_out_of_programs()
-        for block in self.blocks:
+        for block in self._blocks_for("model.compile"):
             block.forward = functools.partial(_compiled, block.forward, torch.compile(block.forward, dynamic=True))
         return self
 
     def checkpoint_activations(self) -> Policy:
         """Keeps only each block's input for the backward, which runs the block again; the head is never run twice."""
-        for block in self.blocks:
+        for block in self._blocks_for("optim.activation_checkpointing"):
             block.forward = functools.partial(_checkpointed, self.model, block.forward)
         return self
 
@@ -142,6 +142,13 @@ class Policy(nn.Module):
         found = [module for module in self.model.modules() if type(module).__name__ in names]
         inside = {id(part) for module in found for part in module.modules() if part is not module}
         return [module for module in found if id(module) not in inside]
+
+    def _blocks_for(self, field: str) -> list[nn.Module]:
+        """Raises ValueError where the model names no layers, and the switch would do nothing in silence."""
+        found = self.blocks
+        if not found:
+            raise ValueError(f"{field} = true: {type(self.model).__name__} does not say what its layers are; set it to false")
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -205,3 +205,11 @@ def test_the_layers_are_the_outermost_of_what_a_model_does_not_split(tmp_path):
     """A part sharded or recomputed within its own layer once more is an error, or twice the work."""
     policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path, "mamba"))))
     assert [type(block).__name__ for block in policy.blocks] == ["MambaBlock"] * 2
+
+
+def test_switches_of_layers_are_refused_where_a_model_names_none(tmp_path):
+    policy = Policy.load(ModelConfig(path=str(make_tiny_model(tmp_path, "biogpt"))))
+    with pytest.raises(ValueError, match=r"optim\.activation_checkpointing = true: BioGptForCausalLM"):
+        policy.checkpoint_activations()
+    with pytest.raises(ValueError, match=r"model\.compile = true: BioGptForCausalLM"):
+        policy.compile_blocks()
