@@ -84,7 +84,7 @@ def test_train_help_lists_every_field_without_torch():
     for path, info in field_paths(is_full=True):
         (line,) = [line for line in lines if line.startswith(f"  --{path} ")]
         assert (info.description or "") in line
-    assert "[required] JSONL or Parquet file" in text
+    assert "[required] JSONL, JSON, Parquet, CSV or TSV file" in text
     assert "--optim.lr                   [1e-06]" in text
     assert "One of bottom_k, coreset, k_center" in text
 

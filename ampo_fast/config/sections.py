@@ -249,8 +249,8 @@ def _check_strategy(name: str) -> str:
 class SelectConfig(Section):
     strategy: Annotated[str, AfterValidator(_check_strategy)] = Field(
         "opt_select",
-        description=f"{', '.join(_STRATEGIES)}, or MODULE:FUNCTION(embeddings, rewards, k) -> indices of up to k negatives, "
-        "where row 0 is the positive.",
+        description=f"One of {', '.join(_STRATEGIES)}, or MODULE:FUNCTION(embeddings, rewards, k) -> indices of up to k "
+        "negatives, where row 0 is the positive.",
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
     coverage: Literal["candidates", "all"] = "candidates"
