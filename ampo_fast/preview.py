@@ -28,10 +28,11 @@ _NUM_GROUPS = 3
 def dry_run(config: Config) -> None:
     """Prints the resolved config, three real groups with their token masks, lengths, memory and cost."""
     console = Console(width=140, soft_wrap=True)
-    console.print_json(config.model_dump_json())
     rows = check_start(config)
     policy = Policy.load(config.model)
     prompts = read_prompts(config, policy, rows)
+    config = config.with_steps_for(len(prompts.sampler.prompts))
+    console.print_json(config.model_dump_json())
     loss = make_loss(config, prompts.sampler.prompts)
     _print_lengths(prompts.read, policy, config, console)
     engine = make_engine(config, policy)

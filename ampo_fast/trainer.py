@@ -79,9 +79,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 class Trainer:
     def __init__(self, config: Config, resume: bool) -> None:
-        self.config = config
         rows = check_start(config)
-        distributed.on_main(lambda: check_run_dir(config, resume))
+        if not resume:  # whose settings are compared once the data has said how many steps they make
+            distributed.on_main(lambda: check_run_dir(config, resume))
         self.policy = Policy.load(config.model)
         if config.model.compile:
             self.policy.compile_blocks()
@@ -90,6 +90,7 @@ class Trainer:
         self.policy.shard()
         prompts = read_prompts(config, self.policy, rows)
         self.sampler, self.eval_prompts = prompts.sampler, prompts.held_out
+        self.config = config = config.with_steps_for(len(self.sampler.prompts))
         self.actor = Policy.load_replica(config.model) if self._needs_replica() else self.policy
         self.embedder = make_embedder(config, self.actor)
         self.reward_fn = self.eval_reward_fn = make_reward(config, self.embedder)

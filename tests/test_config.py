@@ -70,6 +70,7 @@ def test_config_survives_json():
         ("rollout", "max_completion_length", r"rollout\.max_new_tokens\?"),
         ("optim", "temperature", r"rollout\.temperature\?"),
         ("optim", "lrr", "optim.lr"),
+        ("run", "num_train_epochs", r"run\.epochs\?"),
         ("rollout", "temprature", "rollout.temperature"),
         ("select", "stratgy", "select.strategy"),
         ("checkpoint", "keeplast", "checkpoint.keep_last"),
@@ -159,6 +160,20 @@ def test_wrong_values_name_the_field_and_the_value(section, field, value):
 
 def test_one_tracker_may_be_named_without_a_list():
     assert build_config(MINIMAL | {"run": {"trackers": "wandb"}}).run.trackers == ("wandb",)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sections", "steps"),
+    [
+        (0, {}, 100),
+        (1, {}, 3),
+        (0.5, {}, 2),
+        (1, {"rollout": {"prompts_per_round": 8, "updates_per_round": 3}}, 8),  # 10 prompts in rounds of 8, 6 steps each
+    ],
+)
+def test_epochs_are_passes_over_the_prompts(epochs, sections, steps):
+    config = build_config(MINIMAL | {"run": {"epochs": epochs}, "optim": {"prompts_per_step": 4}} | sections)
+    assert config.with_steps_for(10).run.steps == steps
 
 
 def test_switches_take_true_and_false():

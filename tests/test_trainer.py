@@ -385,6 +385,15 @@ def test_texts_beyond_the_embedders_window_are_counted_in_the_summary(tiny_model
     assert train(load_config(str(path)))["num_windowed"] == 4 * 6
 
 
+def test_a_run_of_epochs_ends_with_the_data_and_is_resumed_as_one(tiny_model, tmp_path):
+    path = write_run(tmp_path, tiny_model, run={"epochs": 0.5}, eval={"every": 0}, rollout={"prompts_per_round": 0})
+    config = load_config(str(path))
+    assert train(config)["steps"] == 3  # of 10 prompts, 2 a step
+    assert read_metrics(tmp_path / "runs/r/metrics.jsonl")[-2]["epoch"] == pytest.approx(0.6)
+    assert json.loads((tmp_path / "runs/r/config.json").read_text())["run"]["steps"] == 3
+    assert train(config, resume=True)["steps"] == 3
+
+
 def test_an_unknown_loss_and_a_wrong_field_are_named(tiny_model, tmp_path):
     path = write_run(tmp_path, tiny_model)
     with pytest.raises(ValueError, match=r"loss\.name.*AMPO"):

@@ -91,6 +91,7 @@ _TRL = {
     "max_completion_length": "rollout.max_new_tokens",
     "max_length": "data.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
+    "lr_scheduler_type": "optim.min_lr_ratio",
     "max_steps": "run.steps",
     "model_name_or_path": "model.path",
     "num_generations": "rollout.n",

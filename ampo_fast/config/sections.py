@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -70,6 +71,9 @@ class RunConfig(Section):
     dir: RunDir = Field(Path("runs"), description="Parent of all run directories.")
     seed: int = Field(0, description="Seeds prompts, sampling and selection.")
     steps: Positive = Field(100, description="Optimizer steps in the whole run.")
+    epochs: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Passes over data.train, in place of steps; 0: steps decides."
+    )
     trackers: Trackers = Field(
         ("tensorboard",), description="tensorboard, wandb, both as a list, or []; metrics.jsonl is always written."
     )
@@ -253,7 +257,11 @@ class SelectConfig(Section):
         "negatives, where row 0 is the positive.",
     )
     k: Positive = Field(7, description="Negatives per prompt, beside the positive.")
-    coverage: Literal["candidates", "all"] = "candidates"
+    coverage: Literal["candidates", "all"] = Field(
+        "candidates",
+        description="Whose distances the coverage cost sums up: all candidates but the positive's, or its too.",
+        json_schema_extra=ADVANCED,
+    )
     pareto: bool = Field(
         False,
         description="The positive from the front that no candidate beats by every reward, negatives that it beats (CaPO).",
@@ -286,7 +294,7 @@ class BaseOptimConfig(Section):
         4096, description="Packed tokens per forward; a group that is longer runs in parts, and forward twice."
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Peak learning rate of AdamW.")
-    min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr.")
+    min_lr_ratio: Share = Field(0.0, description="The cosine ends at this share of lr; 1: constant after the warmup.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with a linearly rising rate.")
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.95), description="AdamW's decay of both moments.", json_schema_extra=ADVANCED
@@ -412,6 +420,14 @@ class Config(Section):
     def max_staleness(self) -> int:
         given = self.rollout.max_staleness
         return int(self.rollout.engine == "vllm-server") if given is None else given
+
+    def with_steps_for(self, num_prompts: int) -> Config:
+        """The same with run.steps for run.epochs passes over so many prompts, where that is given."""
+        if not self.run.epochs:
+            return self
+        rounds = self.run.epochs * num_prompts / self.prompts_per_round
+        steps = math.ceil(round(rounds * self.steps_per_round, 6))  # a part of a step is one
+        return self.model_copy(update={"run": self.run.model_copy(update={"steps": steps})})
 
     @property
     def run_dir(self) -> Path:
