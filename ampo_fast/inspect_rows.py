@@ -47,7 +47,7 @@ def _print_group(row: dict[str, Any], console: Console) -> None:
         table.add_row(
             _SIGN[mark],
             _number(_raw_reward(response)),
-            str(len(response.get("token_ids", ()))),
+            str(len(response.get("token_ids") or ()) or ""),  # of answers that no engine sampled nothing is known
             response.get("finish_reason", ""),
             "duplicate" if i in repeats else "" if response["content"].strip() else "empty",
             Text(_printable(response["content"].strip())),

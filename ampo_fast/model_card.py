@@ -13,6 +13,7 @@ from typing import Any
 import ampo_fast
 from ampo_fast.config import Config
 from ampo_fast.metrics import METRICS_FILE, scan_metrics
+from ampo_fast.rewards import normalizer_for
 from ampo_fast.templating import render
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic")
@@ -112,6 +113,7 @@ def write_model_card(model_dir: Path, config: Config, summary: dict[str, Any]) -
         result={key: summary[key] for key in _RESULT} if all(summary.get(key) is not None for key in _RESULT) else None,
         untrained=_untrained(config.run_dir / METRICS_FILE, summary["steps"]),
         num_groups=num_prompts,
+        normalizer=normalizer_for(config),  # what `auto` came to
         start=f"`{_HUB_NAMES.get(config.model.path, config.model.path)}`",
         base_model=_hub_name(config.model.path),
         tags=list(

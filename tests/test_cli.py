@@ -340,6 +340,14 @@ def test_inspect_shows_candidates_by_falling_reward(stage_file, capsys, monkeypa
     assert lines[-1] == "(1 more prompts; --limit 2 shows all)"
 
 
+def test_inspect_counts_no_tokens_of_answers_that_were_not_tokenized(tmp_path, capsys):
+    path = tmp_path / "given.jsonl"
+    response = {"content": "Four.", "token_ids": [], "finish_reason": "stop", "reward_raw": 1.0}
+    path.write_text(json.dumps({"id": "a", "prompt": [{"role": "user", "content": "2+2?"}], "responses": [response]}))
+    assert cli.main(["inspect", str(path)]) == 0
+    assert " ".join(capsys.readouterr().out.splitlines()[4].split()) == "1.0000 stop Four."
+
+
 def test_inspect_one_id(stage_file, capsys):
     assert cli.main(["inspect", str(stage_file), "--id", "two"]) == 0
     assert capsys.readouterr().out.splitlines()[0].strip() == "two"

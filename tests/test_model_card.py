@@ -117,7 +117,7 @@ def test_rewritten_segments_several_rewards_and_a_fitted_gamma_are_told(tmp_path
     loss = {"name": "MMPO", "params": {"beta": 0.1, "gamma": {"agreement": 0.8}}}
     config = make_config(tmp_path, reward={"kind": ["relevance", "m:f"]}, loss=loss)
     body = card_of(tmp_path, config, {"steps": 3, "gamma": 2.5})[1]
-    assert "| reward | `relevance, m:f`," in body
+    assert "| reward | `relevance, m:f`, normalised per group: `win_rate` |" in body
     assert "with beta = 0.1, gamma = 2.5 |" in body
 
 
