@@ -153,8 +153,9 @@ class GroupContrastive(Loss):
         budget, offsets = self.eos_budget, stats.response_offsets
         length_M = offsets.diff()
         place_R = torch.arange(1, int(offsets[-1]) + 1) - offsets[:-1].repeat_interleave(length_M)
-        over_R = 1.0 / (length_M - budget).clamp(min=1).repeat_interleave(length_M)
-        factor_R = torch.where(place_R < budget, 1.0 / budget, 0.0) - torch.where(place_R > budget, over_R, 0.0)
+        # In float64: a log-prob of float64 must not meet a third that was rounded to float32.
+        over_R = (length_M - budget).clamp(min=1).double().reciprocal().repeat_interleave(length_M)
+        factor_R = (place_R < budget).double() / budget - torch.where(place_R > budget, over_R, 0.0)
         return segment_sum(factor_R.to(stats.eos_logp_R) * stats.eos_logp_R.exp(), offsets)
 
 
