@@ -180,6 +180,22 @@ def test_capo_matches_win_rates_against_the_others():
     assert CaPO(beta=0.1)(stats([2, 3])).loss.item() == pytest.approx((0.1 * z) ** 2, abs=1e-12)
 
 
+def test_capos_win_rates_are_against_the_responses_of_the_own_group_alone():
+    loss = CaPO(beta=0.1)
+    together = loss(stats([0, 1, 0, 1, 2, 3, 2], [0, 2, 6, 7])).per_group_B.tolist()
+    alone = [loss(stats(indices)).loss.item() for indices in ([0, 1], range(4), [2])]
+    assert together == pytest.approx(alone, abs=1e-13)
+    win = 1 / (1 + math.exp(REWARD[1] - REWARD[0]))  # of two responses: one win rate is what the other lacks
+    z = (LOGP[0] - REF[0]) - (LOGP[1] - REF[1])
+    assert together[0] == pytest.approx((2 * win - 1 - 0.1 * z) ** 2, abs=1e-13)
+
+
+def test_mmdpos_slope_is_never_below_beta():
+    given = stats([0, 1], positive_M=torch.tensor([False, True]))  # of the lower reward
+    z = (LOGP[1] - REF[1]) - (LOGP[0] - REF[0])
+    assert MMDPO(beta=0.1, pairs="best_vs_rest")(given).loss.item() == pytest.approx(-ls(0.1 * z), abs=1e-13)
+
+
 def test_bmc_weights_each_token_by_its_detached_inverse_probability():
     logp_R = torch.tensor([-0.1, -3.0, -0.5, -2.0], dtype=F64, requires_grad=True)
     lengths, offsets = torch.tensor([2, 2]), torch.tensor([0, 2, 4])
