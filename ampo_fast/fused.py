@@ -67,9 +67,9 @@ def fused_linear_group_loss(
             all of them), and DPOPCRM takes its similarity from the parts that differ (else from the lengths).
         normalizer: what the sum is divided by, default B; under accumulation, the global count of groups.
         mode: "grouped" 6RDV, gradient made in the forward; "recompute" 8RDV; "frozen" 4RDV, for a weight that needs no
-            gradient; "auto": frozen for a frozen weight, else grouped where every group fits chunk_rows (by default: where
-            no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute. float16: recompute, since a loss scale
-            reaches a gradient made in the forward too late, when what is small has become 0.
+            gradient; "auto": frozen for a frozen weight without eos_id, else grouped where every group fits chunk_rows (by
+            default: where no group's logits pass 1 GiB on a CPU, 4 GiB on a GPU), else recompute. float16: recompute, since
+            a loss scale reaches a gradient made in the forward too late, when what is small has become 0.
         chunk_rows: rows whose logits exist at once, more only for a group that is longer; default about 64 MiB of logits on
             a CPU, 4096 to 8192 rows on a GPU.
         impl: how the rows of a chunk are passed over: "torch", "triton", or "auto" (triton for CUDA tensors).
@@ -100,7 +100,7 @@ def fused_linear_group_loss(
     norm = max(num_groups, 1) if normalizer is None else normalizer
     rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_RD.device)
     longest = chunk_rows or max(rows, whole_group_rows(weight_VD))
-    mode = _resolve_mode(mode, weight_VD, bias_V, responses[groups].diff(), longest)
+    mode = _resolve_mode(mode, weight_VD, bias_V, eos_id, responses[groups].diff(), longest)
     if mode != "grouped" or not torch.is_grad_enabled():
         return _from_logprobs(hidden_RD, weight_VD, bias_V, target_R, stats, loss_fn, norm, options, impl)
     plan = _Plan(loss_fn=loss_fn, stats=stats, options=options, normalizer=norm, chunk_rows=rows, impl=impl)
@@ -125,13 +125,14 @@ def _side_inputs(responses, groups, reward_M, ref_logp_M, positive_M, baseline_B
     return stats
 
 
-def _resolve_mode(mode, weight_VD, bias_V, group_rows, longest: int) -> str:
+def _resolve_mode(mode, weight_VD, bias_V, eos_id: int | None, group_rows, longest: int) -> str:
     is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if mode == "frozen" and is_trained:
         raise ValueError('mode = "frozen" drops the head\'s gradient, but weight_VD or bias_V requires one; use "auto"')
     if mode != "auto":
         return mode
-    if not is_trained:
+    # With eos_id "frozen" computes the logits twice, as "recompute" does, and "grouped" once.
+    if not is_trained and eos_id is None:
         return "frozen"
     if weight_VD.dtype == torch.float16:
         return "recompute"

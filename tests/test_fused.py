@@ -379,6 +379,24 @@ def test_a_frozen_head_keeps_the_hidden_gradient_of_a_unit_upstream(options, pro
     assert torch.autograd.gradcheck(run, (hidden[:6].detach().requires_grad_(),))
 
 
+@pytest.mark.parametrize(("chunk_rows", "products"), [(None, 4), (1, 6)])
+def test_a_frozen_heads_logits_are_made_once_for_two_log_probs_too(chunk_rows, products):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, _, target, reward = inputs()
+    target[RESPONSES[1:3] - 1] = 5
+    loss_fn = GroupContrastive(beta=1.0, eos_penalty="simple", eos_lambda=0.5)
+    grads = []
+    for head_weight in (weight, weight.detach()):
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = fused_linear_group_loss(
+                hidden, head_weight, target, RESPONSES, GROUPS, reward, loss_fn, eos_id=5, chunk_rows=chunk_rows
+            )
+            grads += torch.autograd.grad(loss, hidden)
+    assert counter.get_total_flops() == products * 40 * D * V
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
 def test_without_gradient_only_the_logits_are_made():
     from torch.utils.flop_counter import FlopCounterMode
 
