@@ -1,5 +1,6 @@
 """Pairwise losses against their formulas, written out with Python floats for one pair at a time."""
 
+import dataclasses
 import math
 
 import pytest
@@ -71,7 +72,7 @@ def formula(name, w, l):  # noqa: E741
         "orpo": lambda: -mean[w] - 0.1 * ls(odds(mean[w]) - odds(mean[l])),
         "mmpo": lambda: -p * ls(0.1 * z) - (1 - p) * ls(-0.1 * z),
         "mmdpo": lambda: -ls(0.1 * (1 + 0.5 * (1 - math.exp(-2.0 * dr))) * z),
-        "pcrm": lambda: -ls(0.1 * z) - ls(6 / (sim + 1e-3) - 0.1 * z),
+        "pcrm": lambda: -ls(0.1 * z) - ls(6 / (sim + 1e-3) + 0.5 - 0.1 * z),
     }[name]()
 
 
@@ -89,7 +90,7 @@ LOSSES = {
     "orpo": ORPO(beta=0.1),
     "mmpo": MMPO(beta=0.1, gamma=2.2),
     "mmdpo": MMDPO(beta=0.1, w=0.5, k=2.0),
-    "pcrm": DPOPCRM(beta=0.1),
+    "pcrm": DPOPCRM(beta=0.1, beta3=0.5),
 }
 HARD = [name for name in LOSSES if name != "mmpo"]
 
@@ -113,8 +114,6 @@ def test_all_pairs_of_a_group_are_averaged_and_equal_rewards_left_out(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_best_against_each_other_response(name):
-    import dataclasses
-
     out = dataclasses.replace(LOSSES[name], pairs="best_vs_rest")(stats())
     expected = sum(formula(name, 0, other) for other in (1, 2, 3)) / 3
     assert out.loss.item() == pytest.approx(expected, abs=1e-12)
@@ -266,9 +265,10 @@ def test_bmc_of_empty_groups_is_zero():
 
 
 def test_pcrm_takes_its_bound_from_the_parts_that_diverge():
-    base = with_rows()
+    ids = [1, 2, 9, 1, 3, 9, 1, 3, 9, 9]  # of 3, 3 and 4 tokens
+    base = dataclasses.replace(with_rows(), target_R=torch.tensor(ids))
     rho = [sum(a) - sum(b) for a, b in zip(ROWS, REF_ROWS, strict=True)]
-    similar = {(1, 0): 1.0, (0, 2): 3 / 4, (1, 2): 3 / 4}
+    similar = {(1, 0): 1.0, (0, 2): 2 / 3, (1, 2): 0.0}
     expected = 0.0
     for (w, r), similarity in similar.items():
         z = 0.1 * (rho[w] - rho[r])
