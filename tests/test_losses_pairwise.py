@@ -258,6 +258,12 @@ def test_bmc_weights_the_tokens_that_the_pair_does_not_share():
     assert best.loss.item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_bmc_without_a_reference_is_of_the_weighted_log_probs():
+    free = dataclasses.replace(with_rows(), ref_logp_M=None, ref_logp_R=None, target_R=None)
+    zero = dataclasses.replace(free, ref_logp_M=torch.zeros(3, dtype=F64))
+    assert BMC()(free).loss.item() == BMC()(zero).loss.item() > 0
+
+
 def test_bmc_of_empty_groups_is_zero():
     empty, none = torch.zeros(0, dtype=F64), torch.zeros(2, dtype=torch.int64)
     stats = ResponseStats(empty, empty, empty, none, response_offsets=none[:1], logp_R=empty)
