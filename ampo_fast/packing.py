@@ -115,8 +115,6 @@ def balanced_shares(weights: Sequence[int], num_shares: int) -> list[list[int]]:
 
 def group_tokens(group: SelectedGroup, max_tokens: int) -> int:
     """Tokens forwarded with gradient for one trained group; a group in parts repeats its prompt in each."""
-    if _part_tokens(group, kept_candidates(group)) <= max_tokens:
-        return _part_tokens(group, kept_candidates(group))
     return sum(_part_tokens(group, part) for part in group_parts(group, max_tokens))
 
 
