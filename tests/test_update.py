@@ -24,6 +24,17 @@ def selected(i, lengths):
     return SelectedGroup(scored=group, positive=(len(lengths) - 1,), negative=tuple(range(len(lengths) - 1)), cost=0.0)
 
 
+def ended(group, token):
+    """The group with this as the last token of every other candidate."""
+    scored_group = group.scored
+    candidates = [
+        dataclasses.replace(c, token_ids=(*c.token_ids[:-1], token)) if i % 2 else c
+        for i, c in enumerate(scored_group.group.candidates)
+    ]
+    whole = dataclasses.replace(scored_group.group, candidates=tuple(candidates))
+    return dataclasses.replace(group, scored=dataclasses.replace(scored_group, group=whole))
+
+
 def test_shares_are_balanced_complete_and_may_be_empty():
     weights = [9, 1, 1, 1, 5, 4]
     shares = balanced_shares(weights, 2)
@@ -55,7 +66,7 @@ def gradients(policy, updater, groups, budget):
 
 SPLIT_LOSSES = {
     "AMPO": {"beta": 0.5},
-    "REFADynamic": {"beta": 0.5, "eos_penalty": "budgeted", "eos_lambda": 0.3, "eos_budget": 12},
+    "REFADynamic": {"beta": 0.5, "eos_penalty": "budgeted", "eos_lambda": 30.0, "eos_budget": 6},
     "BMC": {"beta": 0.2, "delta": 0.5},
     "SWEPO": {},
     "DPO": {},
@@ -73,6 +84,7 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole(tiny_model, name):
             for parameter in policy.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
     groups = [selected(0, [3, 9, 12, 5]), selected(1, [2, 4]), selected(2, [13, 1, 7])]
+    groups = [ended(group, policy.stop_ids[0]) for group in groups]  # else an EOS penalty is of nothing
     whole_loss, whole, whole_grads, plan = gradients(policy, updater, groups, 100)
     assert [len(micro.groups) for micro in plan] == [3]
     split_loss, split, split_grads, plan = gradients(policy, updater, groups, 17)
