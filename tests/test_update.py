@@ -83,7 +83,9 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole(tiny_model, name):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    groups = [selected(0, [3, 9, 12, 5]), selected(1, [2, 4]), selected(2, [13, 1, 7])]
+    # One candidate is not selected, but counts in its group's baseline.
+    first = dataclasses.replace(selected(0, [3, 9, 12, 5, 6]), positive=(3,), negative=(0, 1, 2))
+    groups = [first, selected(1, [2, 4]), selected(2, [13, 1, 7])]
     groups = [ended(group, policy.stop_ids[0]) for group in groups]  # else an EOS penalty is of nothing
     whole_loss, whole, whole_grads, plan = gradients(policy, updater, groups, 100)
     assert [len(micro.groups) for micro in plan] == [3]
