@@ -94,6 +94,19 @@ def test_the_loss_sees_the_given_sides_and_baselines_of_its_own_groups(mode, chu
     assert all(torch.equal(getattr(stats, name), vector) for name, vector in given.items())
 
 
+@pytest.mark.parametrize(
+    ("chunk_rows", "chunks"), [(12, [12, 10, 8, 10]), (11, [9, 11, 10, 10]), (1, [5, 4, 3, 8, 2, 8, 10]), (40, [40])]
+)
+def test_a_chunk_holds_as_many_whole_groups_as_fit(chunk_rows, chunks, monkeypatch):
+    seen, head_chunk = [], fused.head_chunk
+    monkeypatch.setattr(fused, "head_chunk", lambda h_RD, *more: seen.append(len(h_RD)) or head_chunk(h_RD, *more))
+    hidden, weight, _, target, reward = inputs()
+    fused_linear_group_loss(
+        hidden, weight, target, RESPONSES, torch.arange(8), reward, NLL(), mode="grouped", chunk_rows=chunk_rows
+    )
+    assert seen == chunks
+
+
 def test_the_default_normalizer_is_the_number_of_groups():
     hidden, weight, _, target, reward = inputs()
     for groups in (torch.tensor([0, 7]), GROUPS, torch.tensor([0, 0, 3, 7])):

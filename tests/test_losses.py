@@ -298,6 +298,7 @@ def four_responses(**changes):
         ({"group_offsets": [0, 2, 4]}, "group_offsets must be a 1-D int64"),
         ({"logp_M": torch.arange(4)}, "logp_M must be .* floats.*int64"),
         ({"logp_M": torch.zeros(4, 1)}, "logp_M must be a 1-D"),
+        ({"logp_M": [0.0] * 4}, "logp_M must be a 1-D"),
         ({"logp_M": torch.tensor([0.0, -math.inf, 0.0, 0.0])}, "logp_M holds NaN or infinity"),
         ({"length_M": torch.tensor([2, 2, 0, 2])}, r"length_M\[2\] = 0"),
         ({"length_M": torch.tensor([2, math.nan, 2, 2])}, "length_M holds NaN"),
