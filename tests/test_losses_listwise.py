@@ -1,5 +1,6 @@
 """Listwise losses and KTO against their formulas, written out with Python floats."""
 
+import dataclasses
 import math
 
 import pytest
@@ -111,6 +112,20 @@ def test_gradients_are_exact_beside_groups_of_other_sizes(loss):
 
     assert torch.autograd.gradcheck(per_group, (base.logp_M.clone().requires_grad_(),))
     assert per_group(base.logp_M)[0] == 0
+
+
+def test_a_group_of_one_response_has_nothing_to_order_and_a_mean_of_its_own():
+    one = ResponseStats(
+        *(vector[:1] for vector in (stats().logp_M, stats().length_M, stats().reward_M)), torch.tensor([0, 1])
+    )
+    one = dataclasses.replace(one, ref_logp_M=stats().ref_logp_M[:1])
+    for loss in ALL:
+        if not isinstance(loss, (NCA, KTO)):
+            assert loss(one).loss.item() == 0.0
+    assert NCA(beta=0.1)(one).loss.item() == pytest.approx(-ls(M[0]) - ls(-M[0]), abs=1e-14)
+    assert KTO(beta=0.1)(one).loss.item() == pytest.approx(
+        1 / (1 + math.exp(-M[0])), abs=1e-14
+    )  # not above its own mean
 
 
 @pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
