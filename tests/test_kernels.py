@@ -176,11 +176,12 @@ def contrast_inputs():
     total = int(sizes.sum())
     logp = -40 * torch.rand(total, generator=generator)
     length = torch.randint(1, 30, (total,), generator=generator)
-    reward = torch.rand(total, generator=generator)
+    reward = torch.randn(total, generator=generator) - 1.0  # most are below the 0 of the padding
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     more = {"ref_logp_M": logp + torch.randn(total, generator=generator)}
     more["positive_M"] = torch.rand(total, generator=generator) > 0.7
-    more["baseline_B"] = torch.rand(6, generator=generator)
+    # Not the means, but near them: some rewards are above.
+    more["baseline_B"] = torch.stack([part.sum() / max(len(part), 1) for part in reward.split(sizes.tolist())]) + 0.1
     on_device = [t.to(DEVICE) for t in (logp, length, reward)]
     return (*on_device, offsets, {name: value.to(DEVICE) for name, value in more.items()})
 
@@ -213,7 +214,13 @@ def test_the_group_loss_and_its_closed_form_gradient(score, weight, split, power
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_a_groups_positives_do_not_depend_on_the_widest_group_beside_it(impl):
     # 0.4 three times and a mean of 0.3 or of 0.4: what a float32 sum rounds to changes with the padding.
-    groups = [[0.4, 0.0, 0.4, 0.8], [0.11] * 3, [0.4, 0.0, 0.4, 0.8, 0.3, 0.1, 0.1], [0.1 * i for i in range(8)]]
+    groups = [
+        [0.4, 0.0, 0.4, 0.8],
+        [0.11] * 3,
+        [0.5, 0.4, 0.45],
+        [0.4, 0.0, 0.4, 0.8, 0.3, 0.1, 0.1],
+        [0.1 * i for i in range(8)],
+    ]
     for reward in (torch.tensor(values, device=DEVICE) for values in groups):
         logp, length = -torch.arange(1.0, len(reward) + 1, device=DEVICE), torch.ones(len(reward), device=DEVICE)
         exact = [Fraction(value) for value in reward.tolist()]

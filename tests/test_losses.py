@@ -206,7 +206,7 @@ def test_it_is_the_reference_group_by_group(score, weight, split, has_baseline):
     generator = torch.Generator().manual_seed(5)
     logp = (-30 * torch.rand(40, generator=generator, dtype=F64)).requires_grad_()
     length = torch.randint(1, 20, (40,), generator=generator)
-    reward = torch.rand(40, generator=generator, dtype=F64)
+    reward = torch.randn(40, generator=generator, dtype=F64) - 1.0  # most are below the 0 of the padding
     offsets = torch.tensor([0, 8, 9, 9, 11, 40])
     options = {"beta": 2.0, "alpha": 0.4, "gamma": 3.0, "score": score, "weight": weight, "split": split}
     options["baseline_B"] = torch.rand(5, generator=generator, dtype=F64) if has_baseline else None
@@ -372,14 +372,15 @@ def test_groups_are_independent(sizes, seed):
     total = sum(sizes)
     logp = -torch.rand(total, generator=generator, dtype=F64) * 20
     length = torch.randint(1, 9, (total,), generator=generator)
-    reward = torch.rand(total, generator=generator, dtype=F64)
+    reward = torch.rand(total, generator=generator, dtype=F64) - 1.5
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    together = AMPO(alpha=0.3)(ResponseStats(logp, length, reward, offsets)).per_group_B
-    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
-        alone = AMPO(alpha=0.3)(
-            ResponseStats(logp[start:end], length[start:end], reward[start:end], torch.tensor([0, end - start]))
-        ).per_group_B[0]
-        assert alone.item() == pytest.approx(together[b].item(), abs=1e-12)
+    for loss in (AMPO(alpha=0.3), REFADynamic(), NLL(), losses.KTO(), losses.DPO(pairs="best_vs_rest")):
+        together = loss(ResponseStats(logp, length, reward, offsets)).per_group_B
+        for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+            alone = loss(
+                ResponseStats(logp[start:end], length[start:end], reward[start:end], torch.tensor([0, end - start]))
+            ).per_group_B[0]
+            assert alone.item() == pytest.approx(together[b].item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(
