@@ -3,6 +3,7 @@
 # every part printed to $OUT/gpu_suite.log.
 #   OUT=/some/dir bench/gpu_suite.sh [wheel ...]     wheels to install first: peers (liger-kernel, cut-cross-entropy, trl),
 #                                                    and what `ampo-fast train` needs and the machine lacks (pydantic, ...)
+# On a machine that has the files without git, AMPO_FAST_COMMIT=$(git rev-parse --short=7 HEAD) names the commit for the rows.
 # Needs nothing from a network: torch, triton, transformers, pytest, pytest-xdist, scikit-build-core, pybind11, cmake and
 # nvcc must be there. Where the build fails the rest runs without the compiled selector.
 set -u
@@ -53,7 +54,7 @@ EOT
 } >"$log" 2>&1
 if [ $# -gt 0 ]; then run wheels 25 python3 -m pip install --no-index --no-deps "$@"; fi
 built=true
-if ! run build 90 python3 -m pip install --no-build-isolation --no-deps -C cmake.define.AMPO_CUDA=ON -e .; then
+if ! run build 90 python3 -m pip install --no-index --no-build-isolation --no-deps -C cmake.define.AMPO_CUDA=ON -e .; then
   say "no compiled selector: going on with the sources"
   built=false
   # What the install does for kernels/, and for this run alone.
@@ -63,7 +64,7 @@ fi
 # Correctness first: a fast wrong kernel is worth nothing. Several processes, since most of the time goes into compiling.
 export OMP_NUM_THREADS=2
 # These two run on cores that the kernels' tests leave free: beside them they cost no wall time.
-run test_flex 90 python3 -m pytest -q -n 2 tests/test_attention_flex.py &
+run test_flex 90 python3 -m pytest -q -n 2 tests/test_attention_flex.py -k on_a_gpu &
 beside=($!)
 if $built; then
   run test_selector 60 python3 -m pytest -q tests/test_selection_cuda.py -k "not compile" &

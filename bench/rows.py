@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -74,21 +75,31 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, object]]:
     """Times the calls in turn, so that a slow minute of the machine hits all -> (seconds by name, last result by name).
 
-    keep(seconds, results) is called in the end, also where an error or SIGTERM, which a time limit sends, is that end: then
-    with the calls that were timed at least once.
+    keep(seconds, results) is called in the end, also where SIGTERM, which a time limit sends, is that end: then with the
+    calls that were timed at least once. A call that raises is called no more; once the others are done, and kept, its error
+    goes on.
     """
     seconds: dict[str, list[float]] = {}
     results: dict[str, object] = {}
+    errors: dict[str, Exception] = {}
     try:
         with _sigterm_exits():
             for i in range(repeats):
-                for name, call in calls.items():
-                    if i == 0:
-                        call()  # warm-up; the first timing follows at once, so that a limit met in the next one's costs nothing
-                    spent, results[name] = timed(call)
+                for name in [name for name in calls if name not in errors]:
+                    try:
+                        if i == 0:
+                            calls[name]()  # warm-up; the first timing follows at once, so that a limit met later costs nothing
+                        spent, results[name] = timed(calls[name])
+                    except Exception as error:
+                        print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)
+                        traceback.print_exc()
+                        errors[name] = error.with_traceback(None)  # which would hold on to the failed call's memory
+                        continue
                     seconds.setdefault(name, []).append(spent)
     finally:
         keep(seconds, results)
+    for error in errors.values():
+        raise error
     return seconds, results
 
 
@@ -124,11 +135,13 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where files differ from it; "unknown" outside a checkout or without git."""
+    """The checkout's commit, "-dirty" where files differ from it; outside a checkout or without git what AMPO_FAST_COMMIT
+    says, else "unknown"."""
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = done.stdout.strip()
     except OSError:  # rows are asked for after the measuring: a machine without git must not lose them
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        found = ""
+    return found or os.environ.get("AMPO_FAST_COMMIT") or "unknown"

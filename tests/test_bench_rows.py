@@ -19,7 +19,10 @@ def rows(monkeypatch):
 
 def test_a_machine_without_git_keeps_its_rows(rows, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("AMPO_FAST_COMMIT", raising=False)
     assert rows.context("torch")["commit"] == "unknown"
+    monkeypatch.setenv("AMPO_FAST_COMMIT", "1234567")  # what a machine that was sent the files alone is told
+    assert rows.context("torch")["commit"] == "1234567"
 
 
 def fails():
@@ -30,8 +33,8 @@ def is_ended():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("second", "error"), [(fails, MemoryError), (is_ended, SystemExit)])
-def test_what_was_timed_before_an_error_or_a_time_limit_is_kept(rows, second, error):
+@pytest.mark.parametrize(("second", "error", "times"), [(fails, MemoryError, 3), (is_ended, SystemExit, 1)])
+def test_an_error_costs_its_own_call_alone_and_a_time_limit_what_was_not_yet_timed(rows, second, error, times):
     kept = {}
     before = signal.getsignal(signal.SIGTERM)
 
@@ -40,7 +43,7 @@ def test_what_was_timed_before_an_error_or_a_time_limit_is_kept(rows, second, er
 
     with pytest.raises(error):
         rows.alternate({"first": lambda: 7, "second": second}, 3, keep)
-    assert kept == {"first": (1, 7)}
+    assert kept == {"first": (times, 7)}
     assert signal.getsignal(signal.SIGTERM) == before
 
 
