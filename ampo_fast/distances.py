@@ -39,7 +39,7 @@ def pairwise_distances(
         raise ValueError(f"points must be [n, E], got {tuple(points.shape)}")
     check_finite("points", points)
     if metric != "cosine":
-        _check_size(points)
+        check_size("points", points)
     n = points.shape[0]
     offsets = check_offsets("group_offsets", torch.tensor([0, n]) if group_offsets is None else group_offsets, n)
     impl = resolve_impl(impl, points, why_not_dtype(points))
@@ -87,7 +87,7 @@ def k_center(points: torch.Tensor, k: int, *, seeds: Sequence[int] | None = None
     if not all(0 <= seed < n for seed in first) or len(set(first)) != len(first) or len(first) > k:
         raise ValueError(f"seeds = {first} must be distinct indices below {n}, at most k = {k}")
     check_finite("points", points)
-    _check_size(points)
+    check_size("points", points)
     impl = resolve_impl(impl, points, why_not_dtype(points) or _why_not_pool(points.shape[1]))
     if impl == "cuda":
         return _k_center_cuda(points.detach().contiguous(), k, first)
@@ -127,7 +127,7 @@ _SIZES = {torch.float64: (1e-140, 1e140)}
 """Of the largest coordinate: beyond it squares leave the type's range, or lose the digits of what is below it."""
 
 
-def _check_size(points: torch.Tensor) -> None:
+def check_size(name: str, points: torch.Tensor) -> None:
     """Raises ValueError where squared distances leave float32 (float64); on a CPU, or after validate(True)."""
     if not points.numel() or not checks_values(points):
         return
@@ -137,7 +137,7 @@ def _check_size(points: torch.Tensor) -> None:
     if size and not smallest <= size <= largest:
         work = "float64" if points.dtype == torch.float64 else "float32"
         raise ValueError(
-            f"points has coordinates of up to {size:g}: the squares of such distances are beyond {work}; scale the points, to "
+            f"{name} has coordinates of up to {size:g}: the squares of such distances are beyond {work}; scale the points, to "
             "unit length for example"
         )
 

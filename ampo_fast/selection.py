@@ -15,6 +15,7 @@ import torch
 
 from ampo_fast import selection_reference as reference
 from ampo_fast.compiled import _C, IMPLS, as_numpy, resolve_impl, why_not_dtype
+from ampo_fast.distances import check_size
 from ampo_fast.validation import (
     check_choice,
     check_finite,
@@ -81,7 +82,8 @@ def select_responses(
         impl: "auto" stays on the device for CUDA embeddings where the extension has CUDA (resolve_impl says what fits).
     Raises:
         ValueError: k < 1, an unknown strategy, shapes that do not fit; where the host selects also NaN among the valid and
-            distances beyond float32 (a GPU is not waited for: there they give a cost of NaN or infinity).
+            distances beyond float32, or all so small that it squares them to 0 (a GPU is not waited for: there they give a cost
+            of NaN, infinity or 0).
     """
     check_choice("impl", impl, IMPLS)
     check_choice("strategy", strategy, STRATEGIES)
@@ -127,6 +129,8 @@ def select_responses(
     # After the copy: on the host the values can be looked at for nothing, wherever they came from.
     _check_finite_where("rewards", problem.rewards, problem.valid)
     _check_finite_where("embeddings", problem.points, problem.valid)
+    if impl != "cuda":
+        _check_not_tiny(problem.points, problem.valid)
     if impl == "cuda":
         return _select_cuda(problem)
     chosen = _select_cpp(problem) if impl == "cpp" else _select_torch(problem)
@@ -322,6 +326,16 @@ def _check_costs(chosen: Selection, problem: _Problem) -> None:
                 f"the embeddings of group {b} are so long that their distances overflow float32; scale them, to unit length "
                 "for example"
             )
+
+
+def _check_not_tiny(points: torch.Tensor, valid: torch.Tensor) -> None:
+    """Raises where the squares of distances are 0: every choice would cost nothing, and that be proven. Embeddings that are too
+    long are found by their costs."""
+    if not points.numel():
+        return
+    low, high = points.aminmax()
+    if not max(-float(low), float(high)) >= 1e-10:  # else all is well, and the valid rows need no copy
+        check_size("embeddings", points[valid])
 
 
 def _check_finite_where(name: str, rows: torch.Tensor, valid: torch.Tensor) -> None:

@@ -380,3 +380,16 @@ def test_distances_beyond_float32_end_in_an_error(strategy, impl):
     huge = torch.cdist(points, points).double() * 1e300
     with pytest.raises(ValueError, match="overflow"):
         k_medoids(huge, 2, weights=torch.full((6,), 1e100, dtype=torch.float64), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_embeddings_whose_distances_have_no_squares_are_refused_not_proven_to_cost_nothing(impl):
+    points, rewards = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 8)
+    options = {"k": 2, "strategy": "opt_select_exact", "impl": impl}
+    with pytest.raises(ValueError, match="embeddings has coordinates of up to .*; scale the points"):
+        select_responses(points * 1e-30, rewards, **options)
+    points[3], valid = torch.nan, torch.arange(8) != 3
+    with pytest.raises(ValueError, match="embeddings has coordinates"):
+        select_responses(points * 1e-30, rewards, valid=valid, **options)
+    assert select_responses(points * 1e-12, rewards, valid=valid, **options).cost > 0
+    assert select_responses(torch.zeros(8, 4), rewards, **options).cost == 0  # copies of one answer
