@@ -54,8 +54,9 @@ class Table:
         self.path = path
         self.common = rows.context("torch") | {"device": torch.cuda.get_device_name(), "mode": "cuda"}
 
-    def add(self, op: str, variant: str, shape: str, dtype: str, seconds: list[float], note: str = "") -> float:
-        """Writes the row; returns the median in seconds."""
+    def add(self, op: str, variant: str, shape: str, dtype: str, seconds: list[float], num_bytes: int = 0) -> float:
+        """Writes the row; returns the median in seconds. num_bytes: what was read, for its rate: a slow "read" flatters us."""
+        note = f"{num_bytes / statistics.median(seconds) / 1e12:.2f} TB/s" if num_bytes else ""
         row = self.common | {"op": op, "variant": variant, "shape": shape, "dtype": dtype, "note": note}
         row |= rows.timings(seconds)
         rows.append(self.path, [row], EXTRA)
@@ -68,7 +69,8 @@ def bench_groups(table: Table, num_groups: int, size: int) -> dict:
     rewards = torch.rand(num_groups * SIZE, generator=torch.Generator().manual_seed(1)).cuda()
     offsets = torch.arange(num_groups + 1) * SIZE
     shape = f"B={num_groups} N={SIZE} k={K} E={size}"
-    read = table.add("opt_select", "read", shape, "bfloat16", device_seconds(lambda: points.sum(dtype=torch.float32)))
+    seconds = device_seconds(lambda: points.sum(dtype=torch.float32))
+    read = table.add("opt_select", "read", shape, "bfloat16", seconds, points.nbytes)
 
     def select(**options):
         return select_responses(
@@ -87,7 +89,7 @@ def bench_groups(table: Table, num_groups: int, size: int) -> dict:
 def bench_pool(table: Table, count: int, size: int, k: int) -> dict:
     points = clustered(count, size, torch.float32, "cuda")
     shape = f"n={count} k={k} E={size}"
-    read = table.add("k_center", "read", shape, "float32", device_seconds(lambda: points.sum()))
+    read = table.add("k_center", "read", shape, "float32", device_seconds(lambda: points.sum()), points.nbytes)
     seconds = device_seconds(lambda: k_center(points, k, impl="cuda"), repeats=3)
     step = table.add("k_center", "ampo_fast", shape, "float32", seconds) / k
     return {"k_center_step_over_read": round(step / read, 3)}
