@@ -27,7 +27,7 @@ from ampo_fast.evaluation import response_logp
 from ampo_fast.http_client import HttpError
 from ampo_fast.model import Policy
 from ampo_fast.random_streams import stream_seed
-from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.rollouts.protocol import IncompleteBatch
 from ampo_fast.types import Sampling
 from ampo_fast.vllm import process
 from ampo_fast.vllm.canary import SyncError
@@ -374,12 +374,11 @@ def test_closed_while_another_thread_generates_it_has_kept_what_was_finished_and
     engine = make()
     kept = []
     engine.generate(PROMPTS[:1], 3, SAMPLING)
-    before = len(answered(tmp_path))
     (tmp_path / "fault.hang").touch()
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(engine.generate, PROMPTS, 3, SAMPLING, kept.extend)
         deadline = time.monotonic() + 20
-        while len(answered(tmp_path)) < before + len(PROMPTS) - 1 and time.monotonic() < deadline:
+        while len(kept) < len(PROMPTS) - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
         engine.close()
         with pytest.raises(IncompleteBatch, match="the engine was closed"):
@@ -501,6 +500,32 @@ def test_servers_die_with_a_trainer_that_is_killed():
     while time.monotonic() < deadline and is_running(server):
         time.sleep(0.05)
     assert not is_running(server)
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_server_and_its_workers_may_clear_up_before_they_end_with_their_trainer(tmp_path, is_killed):
+    worker = "import pathlib, sys, time; time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('cleared up')"
+    server = (
+        "import signal, subprocess, sys, time\n"
+        "def end(number, frame):\n"
+        "    subprocess.Popen([sys.executable, '-c', sys.argv[2], sys.argv[1]])\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(600)"
+    )
+    note = tmp_path / "note"
+    command = [sys.executable, "-c", server, str(note), worker]
+    one = process.VllmProcess("x", lambda port: command, VllmConfig(), None)
+    one._launch(0)
+    deadline = time.monotonic() + 20
+    while "up" not in one.output_tail() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if is_killed:
+        one.kill()
+    one.close()
+    assert note.exists() is not is_killed
+    assert not one.is_alive()
 
 
 def is_running(pid):

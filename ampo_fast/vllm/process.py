@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ampo_fast.engine_config import VllmConfig
 from ampo_fast.http_client import HttpError, JsonClient
+from ampo_fast.vllm.lifeline import GRACE_S
 from ampo_fast.vllm.requests import HEAD_IN_FLOAT32, computes_prompts_whole
 
 _TAIL_BYTES, _READ_BYTES = 3000, 300_000
@@ -119,7 +120,7 @@ class VllmProcess:
         return "\n".join([text[-_TAIL_BYTES:], *(["exceptions before that:", *named[:5]] if named else [])])
 
     def kill(self) -> None:
-        """Ends the server and all its workers at once: it holds nothing that must be saved."""
+        """Ends the server and all its workers at once: it holds nothing that must be saved (but leaves shared memory)."""
         if self._process is None:
             return
         with suppress(ProcessLookupError):
@@ -127,9 +128,18 @@ class VllmProcess:
         self._process.stdin.close()
         self._process.wait()
 
-    def close(self) -> None:
-        """Ends the server for good, also while another thread starts it again."""
+    def release(self) -> None:
+        """Lets the server end for good, also while another thread starts it again; close waits for it."""
         self._is_closed = True
+        if self._process is not None:
+            self._process.stdin.close()
+
+    def close(self) -> None:
+        """Ends the server for good: what it does not do by itself within a few seconds is done to it."""
+        self.release()
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S + 5.0)
         self.kill()
         self._output.unlink(missing_ok=True)
         with suppress(OSError):

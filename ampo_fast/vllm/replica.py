@@ -150,9 +150,14 @@ class Replica:
         cause = f": {self.cause}" if self.cause is not None else ""
         return cause + (f"; its output ends:\n{self.process.output_tail()}" if self.process is not None else "")
 
-    def close(self) -> None:
-        """Ends a server of ours; of any, the requests that wait for it."""
-        if self.process is not None:
-            self.process.close()
+    def release(self) -> None:
+        """Breaks off what waits for the server, and lets one of ours end; close waits for that."""
         if self.client is not None:
             self.client.break_off()
+        if self.process is not None:
+            self.process.release()
+
+    def close(self) -> None:
+        self.release()
+        if self.process is not None:
+            self.process.close()

@@ -322,6 +322,8 @@ class VllmServerEngine:
         self._is_closed = True
         atexit.unregister(self.close)
         for replica in self.replicas:
+            replica.release()  # all at once
+        for replica in self.replicas:
             replica.close()
         self._files.close()
 
