@@ -40,8 +40,7 @@ from ampo_fast.model_card import versions, write_model_card
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.report import write_report
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts.decoding import TransformersEngine
-from ampo_fast.rollouts.engines import make_engine, samples_here
+from ampo_fast.rollouts.engines import make_actor_engine, make_engine, samples_here
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.run_dir import check_run_dir, keep_data, open_run_dir, run_closed
@@ -100,9 +99,7 @@ class Trainer:
         if self.policy.device.type == "cuda":  # a CPU has memory to swap to, and no time to spend on a trial
             self.updater.preflight(prompts.longest)
         self.engine = make_engine(config, self.actor, self._segment_writer())
-        # Keeps the actor up to date where another engine samples, and answers held-out prompts where the data does not.
-        is_own = isinstance(self.engine, TransformersEngine)
-        self.actor_engine = self.engine if is_own else TransformersEngine(self.actor, config.rollout.batch_rows)
+        self.actor_engine = make_actor_engine(config, self.engine, self.actor, self._answers_held_out)
         self.run_dir = distributed.on_main(lambda: open_run_dir(config, resume))
         read = {"data.train": prompts.read, "data.eval": self.eval_prompts}
         distributed.on_main(lambda: keep_data(self.run_dir, read))
@@ -135,9 +132,13 @@ class Trainer:
     def _needs_replica(self) -> bool:
         """Whether the policy is sharded, and something samples or embeds with it for one rank's prompts alone."""
         config = self.config
-        answers_held_out = config.rollout.engine == "data" and self.eval_prompts
-        needs_whole = samples_here(config) or answers_held_out or config.embed.model == "policy"
-        return bool(needs_whole) and distributed.world_size() > 1
+        needs_whole = samples_here(config) or self._answers_held_out or config.embed.model == "policy"
+        return needs_whole and distributed.world_size() > 1
+
+    @property
+    def _answers_held_out(self) -> bool:
+        """Whether the actor writes answers that the data does not bring."""
+        return self.config.rollout.engine == "data" and bool(self.eval_prompts)
 
     def _segment_writer(self) -> Policy:
         reference = self.updater.reference
@@ -254,7 +255,7 @@ class Trainer:
     def _measure(self) -> Evaluation:
         config = self.config
         self._sync(self.step)  # within a round, weights that are not the policy's own are behind
-        engine = self.actor_engine if config.rollout.engine == "data" else self.engine
+        engine = self.actor_engine if self._answers_held_out else self.engine
         return evaluate(
             self.policy, engine, self.eval_prompts, self.eval_reward_fn, self.embedder, config, self._load_start
         )

@@ -227,7 +227,11 @@ def test_a_model_that_cannot_be_decoded_is_refused_as_the_engine_is_made(tmp_pat
     with pytest.raises(ValueError, match=said):
         engines.make_engine(settings, policy)
     offline = engine_config(settings.model.path, engine="data")
-    assert isinstance(engines.make_engine(offline, policy), DataEngine)
+    given = engines.make_engine(offline, policy)
+    assert isinstance(given, DataEngine)
+    engines.make_actor_engine(offline, given, policy, answers_held_out=False)
+    with pytest.raises(ValueError, match=r"data\.eval beside .*cannot decode .*set eval\.prompts = 0"):
+        engines.make_actor_engine(offline, given, policy, answers_held_out=True)
     segments = engine_config(settings.model.path, engine="data", segment_tokens=4)
     with pytest.raises(ValueError, match=r"rollout\.segment_tokens = 4 cannot decode .*set it to 0"):
         engines.make_engine(segments, policy)

@@ -44,12 +44,31 @@ def make_engine(config: Config, policy: Policy, writer: Policy | None = None) ->
     return MainEngine(policy, lambda led: VllmServerEngine(led, options, dtype))
 
 
+def make_actor_engine(
+    config: Config, engine: RolloutEngine, actor: Policy, answers_held_out: bool
+) -> TransformersEngine:
+    """The engine of the run where it is the actor's own; else one that keeps the actor up to date and, where that is asked
+    for, answers held-out prompts. Raises ValueError where it cannot."""
+    if isinstance(engine, TransformersEngine):
+        return engine
+    own = TransformersEngine(actor, config.rollout.batch_rows)
+    if answers_held_out:
+        _check_decoding(own, 'data.eval beside rollout.engine = "data"', "set eval.prompts = 0")
+    return own
+
+
 def _own_engine(config: Config, policy: Policy) -> TransformersEngine:
     rollout, engine = config.rollout, TransformersEngine(policy, config.rollout.batch_rows)
-    problem = engine.why_it_cannot_decode()
-    if problem is None:
-        return engine
     field, way_out = 'rollout.engine = "transformers"', 'set rollout.engine = "vllm", "vllm-server" or "data"'
     if rollout.segment_tokens:
         field, way_out = f"rollout.segment_tokens = {rollout.segment_tokens}", "set it to 0"
-    raise ValueError(f"{field} cannot decode a {type(policy.model).__name__} token by token: {problem}; {way_out}")
+    _check_decoding(engine, field, way_out)
+    return engine
+
+
+def _check_decoding(engine: TransformersEngine, field: str, way_out: str) -> None:
+    problem = engine.why_it_cannot_decode()
+    if problem is not None:
+        raise ValueError(
+            f"{field} cannot decode a {type(engine.policy.model).__name__} token by token: {problem}; {way_out}"
+        )
