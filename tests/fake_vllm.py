@@ -36,6 +36,7 @@ class Server:
 
     def load(self):
         self.policy = Policy.load(ModelConfig(path=self.model))
+        self.weight_version = "default"
 
     def completions(self, body):
         with self.lock:
@@ -98,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             mode = "raw_logprobs" if take("raw") else self.logprobs_mode
             env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": take("insecure")}
             return self.reply(200, {"vllm_config": {"model_config": {"logprobs_mode": mode}}, "vllm_env": env})
+        if self.path == "/weight_info":
+            return self.reply(200, {"weight_version": self.server_state.weight_version})
         models = {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
         return self.reply(200, models if self.path == "/v1/models" else None)
 
@@ -114,6 +117,9 @@ class Handler(BaseHTTPRequestHandler):
             if take("busy_reload"):
                 return self.reply(503, {"error": "busy"})
             return self.reply(200, self.server_state.reload(body["kwargs"]["weights_path"]))
+        if self.path == "/update_weight_version":
+            self.server_state.weight_version = body["new_version"]
+            return self.reply(200, {"success": True})
         if self.path == "/reset_prefix_cache":
             return self.reply(200, {"success": not take("keeps_cache")})
         if is_sampling and take("die", body["seed"]):

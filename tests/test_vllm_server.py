@@ -277,12 +277,18 @@ def test_when_all_running_servers_are_away_in_a_sync_the_error_says_why(make, po
         push_weights(policy, engine, 1)
 
 
-def test_a_running_server_that_came_back_with_other_weights_gets_ours_before_it_is_asked(make, policy, running):
-    engine = make(base_urls=(running.start(),))
-    nudge(policy, 0.05)
+@pytest.mark.parametrize(
+    ("scale", "tolerance"), [(0.05, None), (0.002, 0.15)]
+)  # half precision's, and a few small steps
+def test_a_running_server_that_came_back_with_other_weights_gets_ours_before_it_is_asked(
+    make, policy, running, scale, tolerance
+):
+    engine = make(base_urls=(running.start(),), canary_tol=tolerance)
+    nudge(policy, scale)
     push_weights(policy, engine, 1)
     running.start_again()
     assert_whole(engine.generate(PROMPTS, 3, SAMPLING), policy, 1)
+    assert engine.replicas[0].generation == 1
 
 
 def test_what_a_running_server_answers_after_a_start_in_between_counts_only_with_our_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -44,6 +45,8 @@ class Replica:
         """How often it was started again: a failure of an earlier life calls for no second restart."""
         self.max_model_len: int | None = None
         self.repair_lock = threading.Lock()
+        self._mark: str | None = None
+        """What somebody's server says of its weights since we handed them over; None: nothing, or it knows no such names."""
         self._model = "policy"
         self._transfer: WeightTransfer | None = None
 
@@ -121,14 +124,35 @@ class Replica:
         """Loads a directory of safetensors into the running server and empties its cache of keys and values."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         self.client.post("/collective_rpc", body, timeout_s=self.options.sync_timeout_s)
-        retried(self._forget, attempts=5)
+        self._take_over()
 
     def receive(self, version: int, weights: Weights, dtype: torch.dtype) -> None:
         """Takes the weights GPU to GPU, and empties its cache of keys and values."""
         if self._transfer is None:
             self._transfer = WeightTransfer(transfer_api(), self.name, self.client, self.options, dtype)
         self._transfer.send(version, weights)
+        self._take_over()
+
+    def _take_over(self) -> None:
         retried(self._forget, attempts=5)
+        if self.process is None:
+            self._mark = self._marked(f"ampo_fast {secrets.token_hex(8)}")
+
+    def _marked(self, mark: str) -> str | None:
+        """Has the server call its weights by this name, which it forgets with them; None where it cannot."""
+        try:
+            self.client.post("/update_weight_version", {"new_version": mark})
+        except HttpError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return None
+        return mark
+
+    def has_lost_its_mark(self) -> bool:
+        """Whether somebody's server does not call its weights ours any more: it was started again, however alike they are."""
+        if self._mark is None:
+            return False
+        return (self.client.get("/weight_info") or {}).get("weight_version") != self._mark
 
     def _forget(self) -> None:
         """Drops the keys and values of the old weights, which the server does only when nothing is running."""

@@ -142,7 +142,8 @@ class VllmServerEngine:
                 self._repair(replica)
 
     def _clear_suspicion(self, replica: Replica) -> None:
-        """A suspect scores the canary's fixed response again; where it has lost our weights it gets them again."""
+        """A suspect is asked for its weights' name and scores the canary's fixed response again; where it has lost our weights
+        it gets them again."""
         failures = replica.failures
         if replica.cleared == replica.suspicions:
             return
@@ -154,7 +155,7 @@ class VllmServerEngine:
                 raise HttpError(f"{replica.name} failed while others waited for it", True)
             try:
                 fixed_logp = replica.score(self.canary.prompt_ids, self.canary.response_ids)
-                if not self.canary.is_as_checked(replica.name, fixed_logp):
+                if replica.has_lost_its_mark() or not self.canary.is_as_checked(replica.name, fixed_logp):
                     self._hand_over_again(replica)
             except HttpError:
                 replica.failures += 1
