@@ -35,12 +35,7 @@ def dry_run(config: Config) -> None:
     console.print_json(config.model_dump_json())
     loss = make_loss(config, prompts.sampler.prompts)
     _print_lengths(prompts.read, policy, config, console)
-    engine = make_engine(config, policy)
-    started = time.perf_counter()
-    groups = engine.generate(
-        prompts.sampler.prompts[:_NUM_GROUPS], config.rollout.n, config.rollout.sampling(config.run.seed)
-    )
-    generate_s = time.perf_counter() - started
+    groups, generate_s = _sampled(prompts.sampler.prompts[:_NUM_GROUPS], policy, config)
     embedder = make_embedder(config, policy)
     if prompts.held_out and config.eval.reward:
         make_reward(config, embedder, config.eval.reward)  # likewise
@@ -50,6 +45,18 @@ def dry_run(config: Config) -> None:
         _print_group(group, policy, console)
     _print_cost(policy, groups, generate_s, config, console)
     _print_memory(policy, loss.uses_reference, config, console)
+
+
+def _sampled(prompts: Sequence[Prompt], policy: Policy, config: Config) -> tuple[list[CandidateGroup], float]:
+    """(groups, seconds of their sampling)"""
+    engine = make_engine(config, policy)
+    try:
+        engine.start()  # once in a run, minutes for vLLM: no part of a step
+        started = time.perf_counter()
+        groups = engine.generate(prompts, config.rollout.n, config.rollout.sampling(config.run.seed))
+        return groups, time.perf_counter() - started
+    finally:
+        engine.close()
 
 
 def _print_lengths(prompts: Sequence[Prompt], policy: Policy, config: Config, console: Console) -> None:

@@ -17,6 +17,7 @@ from builders import config
 from runs import command, comparable, of_other_modes, reached, write_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ampo_fast import preview
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import PolicyEmbedder
 from ampo_fast.margins_fit import gamma_for_agreement
@@ -421,6 +422,26 @@ def test_the_memory_estimate_counts_the_reference_and_needs_no_field_that_gpt_2_
         dry_run(load_config(str(write_run(tmp_path, model, loss={"name": loss}))))
         memory = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
         assert ("the reference" in memory) == counted
+
+
+def test_a_dry_run_counts_no_start_of_an_engine_as_sampling(monkeypatch):
+    clock = SimpleNamespace(now=0.0, events=[])
+
+    def passing(event, seconds, answer=None):
+        def run(*arguments):
+            clock.events.append(event)
+            clock.now += seconds
+            return answer
+
+        return run
+
+    engine = SimpleNamespace(
+        start=passing("start", 100.0), generate=passing("generate", 3.0, ["group"]), close=passing("close", 0.0)
+    )
+    monkeypatch.setattr(preview, "make_engine", lambda config, policy: engine)
+    monkeypatch.setattr(preview, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert preview._sampled([], None, config()) == (["group"], 3.0)
+    assert clock.events == ["start", "generate", "close"]
 
 
 @pytest.mark.parametrize(
