@@ -41,7 +41,7 @@ from ampo_fast import checkpoint, checkpoint_writer, trainer  # noqa: E402
 from ampo_fast.checkpoint import checkpoint_dirs  # noqa: E402
 from ampo_fast.config import load_config  # noqa: E402
 from ampo_fast.metrics import read_metrics  # noqa: E402
-from ampo_fast.rollouts import TransformersEngine  # noqa: E402
+from ampo_fast.rollouts.decoding import TransformersEngine  # noqa: E402
 
 STEPS = 8
 TIMEOUT_S = 120

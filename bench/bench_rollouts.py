@@ -27,8 +27,8 @@ import torch
 
 from ampo_fast.config import Config, build_config
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import RolloutEngine
 from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.protocol import RolloutEngine
 from ampo_fast.trace import TRACE_FILE, overlap, read_spans
 from ampo_fast.trainer import train
 from ampo_fast.types import CandidateGroup, Prompt, Sampling

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.types import Candidate, CandidateGroup, Prompt, Sampling
 
 NOBODY = Prompt(id="-", messages=())

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import TransformersEngine, decoding
+from ampo_fast.rollouts import decoding
+from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.types import Sampling
 
 

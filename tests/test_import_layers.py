@@ -1,7 +1,6 @@
 """Imports point one way: each module imports only from lower levels, or from its own level where listed."""
 
 import ast
-import importlib
 from pathlib import Path
 
 import pytest
@@ -40,22 +39,10 @@ LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 ROOMS = {name.split(".")[0] for name in LEVEL if "." in name}
 
 
-def passed_on(room):
-    """{name: module} of what a room's own name gives, loaded on first use."""
-    for node in ast.parse((PACKAGE / room / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "_HOME":
-            return ast.literal_eval(node.value)
-    return {}
-
-
-PASSED_ON = {room: passed_on(room) for room in ROOMS}
-
-
 def entry(parts):
-    """("model",) -> "model", ("losses", "stats") -> "losses", ("vllm", "engine", "VllmEngine") -> "vllm.engine",
-    ("rollouts", "TransformersEngine") -> "rollouts.decoding"."""
+    """("model",) -> "model", ("losses", "stats") -> "losses", ("vllm", "engine", "VllmEngine") -> "vllm.engine"."""
     room, *rest = parts
-    return f"{room}.{PASSED_ON[room].get(rest[0], rest[0])}" if room in ROOMS and rest else room
+    return f"{room}.{rest[0]}" if room in ROOMS and rest else room
 
 
 def imports_of(path):
@@ -116,13 +103,6 @@ def test_a_room_begins_with_its_map_and_imports_nothing_of_ours(room):
     text = ast.parse(path.read_text())
     named = [line.split()[0] for line in ast.get_docstring(text).splitlines() if line.startswith("    ")]
     assert sorted(named) == sorted(path.stem for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__")
-
-
-def test_the_names_that_a_room_passes_on_are_there():
-    for room, names in PASSED_ON.items():
-        package = importlib.import_module(f"ampo_fast.{room}")
-        for name, module in names.items():
-            assert getattr(package, name) is getattr(importlib.import_module(f"ampo_fast.{room}.{module}"), name)
 
 
 def test_heavy_imports_live_in_few_modules():

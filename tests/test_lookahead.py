@@ -16,8 +16,9 @@ from ampo_fast.embeddings import make_embedder
 from ampo_fast.metrics import read_metrics
 from ampo_fast.progress import TrainingProgress
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import IncompleteBatch, TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.lookahead import Lookahead
+from ampo_fast.rollouts.protocol import IncompleteBatch
 from ampo_fast.rollouts.rounds import RoundMaker
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows

@@ -9,7 +9,11 @@ from ampo_fast import distributed
 from ampo_fast.config import ModelConfig
 from ampo_fast.evaluation import response_logp
 from ampo_fast.model import Policy
-from ampo_fast.rollouts import DataEngine, TransformersEngine, decoding, engines, generation_batches, sample_tokens
+from ampo_fast.rollouts import decoding, engines
+from ampo_fast.rollouts.batches import generation_batches
+from ampo_fast.rollouts.decoding import TransformersEngine
+from ampo_fast.rollouts.given import DataEngine
+from ampo_fast.rollouts.sampling import sample_tokens
 from ampo_fast.types import GivenResponse, Prompt, Sampling
 from ampo_fast.weight_sync import push_weights
 

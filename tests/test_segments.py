@@ -12,8 +12,9 @@ from runs import comparable, write_run
 
 from ampo_fast.config import load_config
 from ampo_fast.rewards import make_reward
-from ampo_fast.rollouts import DataEngine, TransformersEngine
+from ampo_fast.rollouts.decoding import TransformersEngine
 from ampo_fast.rollouts.engines import make_engine
+from ampo_fast.rollouts.given import DataEngine
 from ampo_fast.rollouts.replay import ReplayBuffer
 from ampo_fast.rollouts.segments import SegmentEngine, cut_segment
 from ampo_fast.trainer import train

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ampo_fast import stages
 from ampo_fast.config import build_config
 from ampo_fast.report import write_stage_page
-from ampo_fast.rollouts import IncompleteBatch
+from ampo_fast.rollouts.protocol import IncompleteBatch
 from ampo_fast.stage_files import embeddings_path, read_embeddings, read_rows, scored_from_row, write_rows_atomic
 from ampo_fast.types import Candidate, CandidateGroup
 from ampo_fast.vllm import process

@@ -18,7 +18,8 @@ from ampo_fast.data import load_prompts
 from ampo_fast.http_client import HttpError
 from ampo_fast.metrics import read_metrics
 from ampo_fast.random_streams import stream_seed
-from ampo_fast.rollouts import IncompleteBatch, shared_answers
+from ampo_fast.rollouts.batches import shared_answers
+from ampo_fast.rollouts.protocol import IncompleteBatch
 from ampo_fast.sampler import PromptSampler
 from ampo_fast.stage_files import read_rows
 from ampo_fast.trainer import train

@@ -14,32 +14,5 @@
     lookahead    the next round, made while this one is trained on
     replay       the buffer that a round's groups join and are drawn from
 
-The engines of vLLM are in ampo_fast.vllm. The names below can be had from the package itself; they are loaded on first use,
-so that importing one module imports no other.
+The engines of vLLM are in ampo_fast.vllm.
 """
-
-from importlib import import_module
-from typing import Any
-
-_HOME = {
-    "RolloutEngine": "protocol",
-    "Keep": "protocol",
-    "IncompleteBatch": "protocol",
-    "LocalEngine": "protocol",
-    "DataEngine": "given",
-    "TransformersEngine": "decoding",
-    "generation_batches": "batches",
-    "rank_batches": "batches",
-    "shared_answers": "batches",
-    "sample_tokens": "sampling",
-}
-
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ampo_fast.rollouts' has no attribute {name!r}")
-    value = getattr(import_module(f"ampo_fast.rollouts.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
