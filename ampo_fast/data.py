@@ -180,7 +180,9 @@ def _table_rows(path: Path) -> Iterator[tuple[str, int, Row]]:
             for number, cells in enumerate(filter(None, rows), 1):
                 where = f"{path}:{rows.line_num}"
                 if len(cells) != len(header):
-                    raise ValueError(f"{where}: {len(cells)} cells under {len(header)} names; text with commas needs quotes")
+                    raise ValueError(
+                        f"{where}: {len(cells)} cells under {len(header)} names; text with commas needs quotes"
+                    )
                 yield where, number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8, after line {rows.line_num}: {error.reason}") from None

@@ -32,9 +32,7 @@ class HttpError(ConnectionError):
     before wait_s where the server named a time (Retry-After in seconds, of rate limits); `status`: what it answered, where
     it did."""
 
-    def __init__(
-        self, message: str, is_passing: bool = False, status: int | None = None, wait_s: float = 0.0
-    ) -> None:
+    def __init__(self, message: str, is_passing: bool = False, status: int | None = None, wait_s: float = 0.0) -> None:
         super().__init__(message)
         self.is_passing, self.status = is_passing, status
         self.wait_s = min(wait_s, _LONGEST_ASKED_WAIT_S)

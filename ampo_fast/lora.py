@@ -66,9 +66,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def base_tensors(
-    model: nn.Module, is_merged: bool, by_name: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
+def base_tensors(model: nn.Module, is_merged: bool, by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of the base model, with the adapter added where is_merged, in the model's order or by name; one
     at a time, and all ranks must iterate to the end."""
     distributed.reshard(model)

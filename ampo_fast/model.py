@@ -147,7 +147,9 @@ class Policy(nn.Module):
         """Raises ValueError where the model names no layers, and the switch would do nothing in silence."""
         found = self.blocks
         if not found:
-            raise ValueError(f"{field} = true: {type(self.model).__name__} does not say what its layers are; set it to false")
+            raise ValueError(
+                f"{field} = true: {type(self.model).__name__} does not say what its layers are; set it to false"
+            )
         return found
 
     @property

@@ -38,7 +38,7 @@ def dry_run(config: Config) -> None:
     groups, generate_s = _sampled(prompts.sampler.prompts[:_NUM_GROUPS], policy, config)
     embedder = make_embedder(config, policy)
     if prompts.held_out and config.eval.reward:
-        make_reward(config, embedder, config.eval.reward)  # likewise
+        make_reward(config, embedder, config.eval.reward)  # only for what it refuses
     scored = score_groups(groups, make_reward(config, embedder), embedder, config)
     selected = select_groups(scored, config, RewardTolerance(config.reward.tol).update(scored))
     for group in selected:

@@ -88,7 +88,9 @@ def alternate(
                 for name in [name for name in calls if name not in errors]:
                     try:
                         if i == 0:
-                            calls[name]()  # warm-up; the first timing follows at once, so that a limit met later costs nothing
+                            calls[
+                                name
+                            ]()  # warm-up; the first timing follows at once, so that a limit met later costs nothing
                         spent, results[name] = timed(calls[name])
                     except Exception as error:
                         print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)

@@ -168,7 +168,11 @@ def test_one_tracker_may_be_named_without_a_list():
         (0, {}, 100),
         (1, {}, 3),
         (0.5, {}, 2),
-        (1, {"rollout": {"prompts_per_round": 8, "updates_per_round": 3}}, 8),  # 10 prompts in rounds of 8, 6 steps each
+        (
+            1,
+            {"rollout": {"prompts_per_round": 8, "updates_per_round": 3}},
+            8,
+        ),  # 10 prompts in rounds of 8, 6 steps each
     ],
 )
 def test_epochs_are_passes_over_the_prompts(epochs, sections, steps):

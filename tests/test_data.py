@@ -95,7 +95,9 @@ def test_columns_say_what_the_data_calls_a_formats_fields(load_one):
 
 def test_a_misspelt_column_is_refused_with_the_fields_there_are(load_one):
     row = {"question": "q", "good": "a", "bad": "b", "s1": 3, "s3": 1}
-    with pytest.raises(ValueError, match=r":1: data\.columns\.rejected_score = 's2' is no field; there are question, good"):
+    with pytest.raises(
+        ValueError, match=r":1: data\.columns\.rejected_score = 's2' is no field; there are question, good"
+    ):
         load_one(row, needs_responses=True, columns=ODD)
     assert load_one({"question": "q"}, columns=ODD).messages[0]["content"] == "q"  # held-out prompts need no more
 

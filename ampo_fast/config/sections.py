@@ -86,7 +86,8 @@ class DataConfig(Section):
     """Prompts, or multi-response data with rewards (then rollout.engine = "data")."""
 
     train: str = Field(
-        ..., description="JSONL, JSON, Parquet, CSV or TSV file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT)."
+        ...,
+        description="JSONL, JSON, Parquet, CSV or TSV file, package:NAME, or a `datasets` name (NAME or NAME:SPLIT).",
     )
     eval: str | None = Field(None, description="Held-out prompts, same formats.")
     columns: Columns = Field(default_factory=dict, description=COLUMNS, json_schema_extra=ADVANCED)

@@ -40,7 +40,9 @@ class RewardRunConfig(Section):
 class RewardDataConfig(Section):
     """Preference pairs, or groups of scored responses."""
 
-    train: str = Field(..., description="JSONL, JSON, Parquet, CSV or TSV file, or a `datasets` name (NAME or NAME:SPLIT).")
+    train: str = Field(
+        ..., description="JSONL, JSON, Parquet, CSV or TSV file, or a `datasets` name (NAME or NAME:SPLIT)."
+    )
     eval: str | None = Field(None, description="Held-out pairs or groups; default: prompts split off data.train.")
     columns: Columns = Field(default_factory=dict, description=COLUMNS, json_schema_extra=ADVANCED)
     eval_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
