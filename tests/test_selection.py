@@ -386,7 +386,7 @@ def test_distances_beyond_float32_end_in_an_error(strategy, impl):
 def test_embeddings_whose_distances_have_no_squares_are_refused_not_proven_to_cost_nothing(impl):
     points, rewards = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 8)
     options = {"k": 2, "strategy": "opt_select_exact", "impl": impl}
-    with pytest.raises(ValueError, match="embeddings has coordinates of up to .*; scale the points"):
+    with pytest.raises(ValueError, match=r"embeddings has coordinates of up to .*; scale the points"):
         select_responses(points * 1e-30, rewards, **options)
     points[3], valid = torch.nan, torch.arange(8) != 3
     with pytest.raises(ValueError, match="embeddings has coordinates"):
