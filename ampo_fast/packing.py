@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -162,7 +161,7 @@ def pack(groups: Sequence[SelectedGroup], device: torch.device | str = "cpu") ->
         device,
         reward=[_kept(g.scored, k) for g, k in zip(groups, kept, strict=True)],
         positive=[group.positive for group in groups],
-        baseline=[_mean_reward(group.scored) for group in groups],
+        baseline=[group.scored.mean_reward for group in groups],
     )
 
 
@@ -175,10 +174,6 @@ def pack_micro_batch(micro: MicroBatch, device: torch.device | str = "cpu") -> P
 
 def _kept(scored: ScoredGroup, indices: Sequence[int]) -> list[float]:
     return [scored.reward[i] for i in indices]
-
-
-def _mean_reward(scored: ScoredGroup) -> float:
-    return statistics.fmean(r for r, ok in zip(scored.reward, scored.valid, strict=True) if ok)
 
 
 def pack_responses(

@@ -59,6 +59,8 @@ def reward_spread(scored: ScoredGroup) -> float:
 def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: float) -> list[SelectedGroup]:
     """1 positive + up to k negatives of each group by select.strategy; degenerate groups carry their skip_reason.
 
+    For a loss that splits at the mean (SWEPO, REFADynamic, KTO) those of the k whose reward is above it are positives too.
+
     A response cut by the length limit is never the positive unless rollout.truncated = "keep". Losses whose target for
     equal rewards is 1/2 (MMPO, CaPO) train on ties as well. Where select.pareto is set, the fronts of several rewards decide
     who may be on which side, and the strategy chooses among those.
@@ -91,7 +93,23 @@ def select_groups(scored: Sequence[ScoredGroup], config: Config, reward_tol: flo
     if is_own:
         valids = [valid for valid, _ in sides]
         rows = [_chosen_by_own(*row[:2], valid, keeps_ties, config) for row, valid in zip(rows, valids, strict=True)]
-    return [_selected(*row, reward_tol, config) for row in rows]
+    selected = [_selected(*row, reward_tol, config) for row in rows]
+    if config.select.pareto or not losses.loss_class(config.loss.name).splits_at_mean(config.loss.params):
+        return selected
+    return [_split_at_mean(group, positive_ok) for group, (_, positive_ok) in zip(selected, sides, strict=True)]
+
+
+def _split_at_mean(selected: SelectedGroup, positive_ok: Sequence[bool]) -> SelectedGroup:
+    """Of the kept candidates all above the mean reward of the valid ones are positives, if that leaves a negative."""
+    scored, negative = selected.scored, selected.negative
+    if not selected.is_trained:
+        return selected
+    above = [i for i in negative if positive_ok[i] and scored.reward[i] > scored.mean_reward]
+    if len(above) == len(negative):
+        return selected
+    positive = sorted((*selected.positive, *above), key=lambda i: -scored.reward[i])
+    below = tuple(i for i in negative if i not in above)
+    return dataclasses.replace(selected, positive=tuple(positive), negative=below)
 
 
 def _chosen_by_own(

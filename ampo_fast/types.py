@@ -5,6 +5,7 @@ Shapes: N candidates of one prompt, E embedding, T packed tokens, R predicted re
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -83,6 +84,11 @@ class ScoredGroup:
     """[N, E] float32, L2-normalised."""
     reward_by_scorer: tuple[tuple[float, ...], ...] = ()
     """[S, N] raw rewards in the order of reward.kind, where that names several; reward_raw is then their mean."""
+
+    @property
+    def mean_reward(self) -> float:
+        """Of the valid ones, rounded once: a reward that equals the mean is not above it."""
+        return statistics.mean(reward for reward, ok in zip(self.reward, self.valid, strict=True) if ok)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

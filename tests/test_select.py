@@ -4,7 +4,8 @@ import math
 import pytest
 from builders import config, scored
 
-from ampo_fast.select import RewardTolerance, select_groups, why_untrained
+from ampo_fast.select import RewardTolerance, _split_at_mean, select_groups, why_untrained
+from ampo_fast.types import SelectedGroup
 
 
 def test_one_positive_and_k_negatives_with_lower_rewards():
@@ -115,3 +116,33 @@ def test_where_the_best_given_response_is_cut_no_worse_one_becomes_the_positive(
     )
     (sampled,) = select_groups([scored(rewards, finish=finish)], config(select={"k": 1}), 1e-6)
     assert sampled.positive == (1,)
+
+
+@pytest.mark.parametrize(
+    ("loss", "finish", "sides"),
+    [
+        ({"name": "SWEPO"}, "stop", ((1, 2, 4), (0, 3))),
+        ({"name": "REFADynamic"}, "stop", ((1, 2, 4), (0, 3))),
+        ({"name": "KTO"}, "stop", ((1, 2, 4), (0, 3))),
+        ({"name": "KTO"}, "length", ((1, 4), (0, 2, 3))),
+        ({"name": "AMPO", "params": {"split": "mean"}}, "stop", ((1, 2, 4), (0, 3))),
+        ({"name": "SWEPO", "params": {"split": "best"}}, "stop", ((1,), (0, 2, 3, 4))),
+        ({"name": "AMPO"}, "stop", ((1,), (0, 2, 3, 4))),
+    ],
+    ids=str,
+)
+def test_a_loss_that_splits_at_the_mean_has_every_kept_response_above_it_as_a_positive(loss, finish, sides):
+    group = scored((0.1, 0.9, 0.8, 0.2, 0.7), finish=["stop", "stop", finish, "stop", "stop"])
+    (chosen,) = select_groups([group], config(loss=loss, select={"k": 4}), 1e-6)
+    assert (chosen.positive, chosen.negative) == sides
+
+
+def test_the_mean_is_that_of_all_valid_responses_and_the_last_negative_stays_one():
+    group = scored((0.9, 0.8, 0.7, 0.0, 0.0, -9.0), valid=[True] * 5 + [False])
+    kept = SelectedGroup(scored=group, positive=(0,), negative=(1, 2), cost=0.0)
+    assert _split_at_mean(kept, [True] * 6) == kept
+    kept = dataclasses.replace(kept, negative=(1, 2, 3))
+    split = _split_at_mean(kept, [True] * 6)
+    assert (split.positive, split.negative) == ((0, 1, 2), (3,))
+    low = dataclasses.replace(kept, scored=scored((0.9, 0.5, 0.5, 0.1, 0.5, -9.0), valid=[True] * 5 + [False]))
+    assert _split_at_mean(low, [True] * 6).positive == (0,)  # what equals the mean is not above it

@@ -9,8 +9,9 @@ Shapes: M responses, B groups, G the largest group.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -72,6 +73,10 @@ class GroupContrastive(Loss):
             raise ValueError(f"gamma = {self.gamma}; it must be a number that is not negative")
         if self.eos_penalty == "budgeted" and not (self.eos_budget and self.eos_budget > 0):
             raise ValueError(f'eos_budget = {self.eos_budget}; eos_penalty = "budgeted" needs a number of tokens')
+
+    @classmethod
+    def splits_at_mean(cls, params: Mapping[str, Any]) -> bool:
+        return params.get("split", cls.split) == "mean"
 
     @property
     def needs_eos(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +39,10 @@ class KTO(Loss):
         check_positive("beta", self.beta)
         if self.kl < 0:
             raise ValueError(f"kl = {self.kl}; clamp the estimate at 0, as the paper does")
+
+    @classmethod
+    def splits_at_mean(cls, params: Mapping[str, Any]) -> bool:
+        return True
 
     def _output(self, stats: CheckedStats) -> LossOutput:
         groups = Groups(stats.group_offsets, stats.logp_M.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, ClassVar
@@ -151,6 +151,11 @@ class Loss:
     def implied_params(cls, normalize: str) -> dict[str, Any]:
         """Fields that follow from the rule by which the rewards were normalised."""
         return {}
+
+    @classmethod
+    def splits_at_mean(cls, params: Mapping[str, Any]) -> bool:
+        """Whether, with these fields, every response above its group's mean reward is a positive, not the best one alone."""
+        return False
 
     def __call__(self, stats: ResponseStats) -> LossOutput:
         return self._output(checked(stats))
