@@ -296,10 +296,28 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], compute_dtype: torch.dty
             # gloo has no pre-multiplied sum, which is how FSDP divides while it reduces.
             module.set_force_sum_reduction_for_comms(True)
             # Else the gradient of what one rank alone used (an expert, say) is added to that of what another used instead.
-            if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.11 has no such switch
+            if _counts_missing_gradients():
                 module.set_reduce_scatter_unused_params(True, recurse=False)
     for name in methods:
         register_fsdp_forward_method(root, name)
+
+
+def _counts_missing_gradients() -> bool:
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # torch 2.11 has no such switch
+
+
+def check_gradients(root: nn.Module) -> None:
+    """Raises ValueError, after a backward, where ranks used different parameters and this torch mixes up their gradients."""
+    if world_size() == 1 or _counts_missing_gradients():
+        return
+    used = [name for name, parameter in root.named_parameters() if parameter.grad is not None]
+    everywhere = [set(names) for names in all_gather(used)]
+    differing = sorted(set.union(*everywhere) - set.intersection(*everywhere))
+    if differing:
+        raise ValueError(
+            f"the ranks used different parameters of the model ({', '.join(differing[:3])}, ...), whose gradients "
+            f"torch {torch.__version__} would add to each other: train on one rank, or with torch 2.13"
+        )
 
 
 def share_values(modules: Iterable[nn.Module]) -> None:

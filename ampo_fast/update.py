@@ -117,6 +117,7 @@ class Updater:
             with progress.phase("reference"):
                 self.reference.prepare(trained)
         loss, mine, num_tokens = self._backward(plans, len(trained), progress)
+        distributed.check_gradients(self.policy)
         with progress.phase("optimizer"):
             sums = distributed.total(torch.stack((loss, loss.new_tensor(num_tokens))))
             grad_norm, is_finite = guarded_step(self.optimizer, sums[0], lr, config.max_grad_norm)

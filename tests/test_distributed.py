@@ -368,6 +368,18 @@ def test_experts_that_one_rank_alone_uses_get_their_own_gradient():
         assert status == 0, err[-2000:]
 
 
+def test_a_torch_that_would_mix_up_the_gradients_of_such_experts_is_refused():
+    older = """
+from torch.distributed.fsdp import FSDPModule
+if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    del FSDPModule.set_reduce_scatter_unused_params
+"""
+    checked = ROUTED.replace("    got =", "    distributed.check_gradients(model)\n    got =")
+    for status, err in runs.two_ranks(older + checked):
+        assert status != 0
+        assert "used different parameters of the model (0.experts.1.weight, 0.experts.2.weight, ...)" in err
+
+
 def test_without_torchrun_there_is_one_rank_and_nothing_to_wait_for(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
