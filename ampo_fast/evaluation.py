@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,11 @@ def evaluate(
     reward_fn: RewardFn,
     embedder: Embedder,
     config: Config,
-    load_start: Callable[[], Policy],
+    start: Callable[[], AbstractContextManager[Policy]],
 ) -> Evaluation:
     """Answers held-out prompts at the training temperature with fixed noise, scores them, and measures drift.
 
-    Each rank answers its share; the result is every rank's. load_start gives the start policy, sharded as the policy
+    Each rank answers its share; the result is every rank's. start gives the start policy, sharded as the policy
     is, for the comparison alone: what it has to load is dropped again.
     """
     sampling = config.rollout.sampling(config.eval.seed)
@@ -49,7 +50,10 @@ def evaluate(
     own_groups = _answers(engine, [[prompts[i] for i in share] for share in shares], config.eval.samples, sampling)
     engine.rest()
     own_scored = score_groups(own_groups, reward_fn, embedder, config)
-    own_logp = [response_logp(each, own_groups, config.optim.micro_batch_tokens) for each in (policy, load_start())]
+    own_logp = [response_logp(policy, own_groups, config.optim.micro_batch_tokens)]
+    with start() as first:
+        own_logp.append(response_logp(first, own_groups, config.optim.micro_batch_tokens))
+    del first
     if distributed.is_sharded(policy):
         gc.collect()  # a sharded module is part of a cycle, and nothing else would free the start policy's shards soon
     parts = distributed.all_gather((mine, own_scored, own_logp))

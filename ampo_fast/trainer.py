@@ -256,15 +256,19 @@ class Trainer:
         config = self.config
         self._sync(self.step)  # within a round, weights that are not the policy's own are behind
         engine = self.actor_engine if self._answers_held_out else self.engine
-        return evaluate(
-            self.policy, engine, self.eval_prompts, self.eval_reward_fn, self.embedder, config, self._load_start
-        )
+        return evaluate(self.policy, engine, self.eval_prompts, self.eval_reward_fn, self.embedder, config, self._start)
 
-    def _load_start(self) -> Policy:
+    @contextlib.contextmanager
+    def _start(self) -> Iterator[Policy]:
+        """The policy that the run began with: loaded only where none is in memory."""
         reference = self.updater.reference
-        if reference is not None and reference.is_copy_of_start:
-            return reference.model
-        return Policy.load(self.config.model.without_adapter).shard()
+        if self.policy.lora:
+            with self.policy.adapter_off():
+                yield self.policy
+        elif reference is not None and reference.is_copy_of_start:
+            yield reference.model
+        else:
+            yield Policy.load(self.config.model).shard()
 
     def _is_evaluation_due(self) -> bool:
         every = self.config.eval.every

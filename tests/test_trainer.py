@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import config
+from builders import config, group
 from runs import command, comparable, of_other_modes, reached, write_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ampo_fast import preview
 from ampo_fast.config import load_config
 from ampo_fast.embeddings import PolicyEmbedder
+from ampo_fast.evaluation import response_logp
 from ampo_fast.margins_fit import gamma_for_agreement
 from ampo_fast.metrics import read_metrics
 from ampo_fast.model import Policy
@@ -207,11 +208,27 @@ def test_best_is_the_policy_of_the_best_evaluation_the_first_and_the_last_includ
 )
 def test_evaluations_use_the_frozen_reference_as_the_start(tiny_model, sections, is_kept):
     made = config(model={"path": str(tiny_model)}, **sections)
-    trainer = SimpleNamespace(config=made, updater=Updater(made, Policy.load(made.model)))
-    start = Trainer._load_start(trainer)
-    assert (trainer.updater.reference is not None and start is trainer.updater.reference.model) is is_kept
-    for ours, theirs in zip(start.parameters(), Policy.load(made.model).parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    policy = Policy.load(made.model)
+    trainer = SimpleNamespace(config=made, policy=policy, updater=Updater(made, policy))
+    with Trainer._start(trainer) as start:
+        assert (trainer.updater.reference is not None and start is trainer.updater.reference.model) is is_kept
+        for ours, theirs in zip(start.parameters(), Policy.load(made.model).parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_an_adapters_start_is_its_base_and_takes_no_memory_of_its_own(tiny_model):
+    plain, lora = {"path": str(tiny_model)}, {"rank": 2}
+    policy = Policy.load(config(model=plain | {"lora": lora}).model)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    trainer = SimpleNamespace(policy=policy, updater=SimpleNamespace(reference=None))
+    groups = [group(["a", "b"], 0, (0, 3, 10, 11))]
+    wanted = response_logp(Policy.load(config(model=plain).model), groups, 1000)
+    with Trainer._start(trainer) as start:
+        assert start is policy
+        assert torch.equal(response_logp(start, groups, 1000), wanted)
+    assert not torch.equal(response_logp(policy, groups, 1000), wanted)
 
 
 @pytest.mark.parametrize(
