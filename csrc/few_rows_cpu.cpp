@@ -29,6 +29,14 @@ struct Product {
   float* out;
 };
 
+// sum += one vector of rows at dimension d, times each weight. One vector at a time: an array of two stayed on the stack.
+template <int kVectors, size_t V, typename Lanes, size_t... W>
+AMPO_INLINE void add(Lanes* sum, const float* from, const float* const* row, int64_t d, std::index_sequence<W...>) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof(x));
+  ((sum[W * kVectors + V] += (row[W][d] - Lanes{}) * x), ...);
+}
+
 // sums += the products over the dimensions begin .. end. Index sequences, not loops: the compiler keeps an array in registers
 // only where all its indices are constants.
 template <int kBytes, int kVectors, size_t... W, size_t... V, size_t... A>
@@ -40,9 +48,7 @@ AMPO_INLINE void tile(const float* weight, int64_t dim, int64_t begin, int64_t e
   Lanes sum[sizeof...(A)] = {};
   for (int64_t d = begin; d < end; ++d) {
     if (d % kLine == 0) (__builtin_prefetch(row[W] + sizeof...(W) * dim + d), ...);  // the weights of the next tile
-    Lanes x[kVectors];
-    (std::memcpy(&x[V], packed + (d * kVectors + V) * kLanes, kBytes), ...);
-    ((sum[A] += (row[A / kVectors][d] - Lanes{}) * x[A % kVectors]), ...);
+    (add<kVectors, V>(sum, packed + (d * kVectors + V) * kLanes, row, d, std::index_sequence<W...>{}), ...);
   }
   Lanes before[sizeof...(A)];
   std::memcpy(before, sums, sizeof(before));
@@ -136,11 +142,13 @@ void few_rows_cpu(const float* x, int64_t num_rows, const float* weight, const f
   const int64_t num_spans = (num_outputs + kSpan - 1) / kSpan;
 #pragma omp parallel if (num_spans > 1)
   {
+    // A thread writes whole lines: lines shared by rows of two threads cost more than the product.
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const Block& block = *std::find_if(blocks.begin(), blocks.end(), [r](const Block& b) { return r < b.first + b.count; });
-      float* to = packed.data() + block.offset + (r - block.first);
-      for (int64_t d = 0; d < dim; ++d) to[d * block.width] = x[r * dim + d];
+    for (int64_t d = 0; d < dim; ++d) {
+      for (const Block& block : blocks) {
+        float* const to = packed.data() + block.offset + d * block.width;
+        for (int64_t r = 0; r < block.count; ++r) to[r] = x[(block.first + r) * dim + d];
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < num_spans; ++s) {
