@@ -114,8 +114,7 @@ class PolicyEmbedder:
     def __init__(self, policy: Policy, batch_rows: int = 64) -> None:
         self.policy = policy
         self.batch_rows = batch_rows
-        rope = policy.rope_limit
-        self.window = min(policy.context_length or sys.maxsize, rope[1] if rope else sys.maxsize)
+        self.window = policy.usable_length or sys.maxsize
         self.num_windowed = 0
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ def _sums(policy: Policy, groups: Sequence[Prompt]) -> list[list[float]]:
 
 def _check_lengths(policy: Policy, groups: Sequence[CandidateGroup]) -> None:
     """Beyond its positions a model is not itself, and a rope that changes there changes for all that run beside."""
-    limit = min(policy.context_length or math.inf, policy.rope_limit[1] if policy.rope_limit else math.inf)
+    limit = policy.usable_length or math.inf
     long = [
         group.prompt.where or group.prompt.id
         for group in groups

@@ -169,6 +169,10 @@ class Policy(nn.Module):
     def context_length(self) -> int | None:
         return model_limits.context_length(self.model)
 
+    @property
+    def usable_length(self) -> int | None:
+        return model_limits.usable_length(self.model)
+
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Applies the chat template once, with the generation prompt.
 

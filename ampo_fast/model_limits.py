@@ -31,6 +31,12 @@ def rope_limit(model: Any) -> tuple[str, int] | None:
     return min(limits, key=lambda limit: limit[1], default=None)
 
 
+def usable_length(model: Any) -> int | None:
+    """The longest sequence that a model reads as it was made to, and that leaves those beside it as they are; None: any."""
+    rope = rope_limit(model)
+    return min(filter(None, (context_length(model), rope and rope[1])), default=None)
+
+
 def _limit(rope: dict[str, Any], config: Any) -> tuple[str, int] | None:
     kind = rope.get("rope_type") or rope.get("type") or ""
     if kind == "longrope":

@@ -50,6 +50,8 @@ class Case:
         self.reward_M = torch.rand(num_responses, generator=generator, device=device)
         self.hidden_RD.requires_grad_()
         self.weight_VD.requires_grad_()
+        self.errors: dict[str, str] = {}
+        """By variant: how far its first answer is from float64."""
 
     def free(self) -> None:
         self.hidden_RD.grad = self.weight_VD.grad = None
@@ -213,26 +215,28 @@ def ready_calls(case: Case, wanted: list[str]) -> dict[str, Callable[[], object]
             print(f"left out: {name}: {error}")
             continue
 
-        calls[name] = functools.partial(waited_for, case, call)
+        calls[name] = functools.partial(waited_for, case, name, call)
     return calls
 
 
-def waited_for(case: Case, call: Callable[[], object]) -> str | None:
+def waited_for(case: Case, name: str, call: Callable[[], object]) -> str | None:
     case.free()
-    if case.device.type != "cuda":
-        call()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+    is_cuda, before = case.device.type == "cuda", 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    answer = call()
+    peak = None
+    if is_cuda:
+        torch.cuda.synchronize()
+        peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+    if name not in case.errors:  # in the warm-up, which is not timed
+        case.errors[name] = error_of(case, name, answer)
+    return peak
 
 
-def error_of(case: Case, name: str) -> str:
+def error_of(case: Case, name: str, answer: object) -> str:
     """What the variant gets wrong, over the largest true value; "" where it has no answer."""
-    case.free()
-    answer = VARIANTS[name](case)()
     objective = "mean NLL" if name in MEAN_NLL else "AMPO"
     found, truth = (
         (answer, case.truth["log-probs"]) if name in FORWARD_ONLY else (case.hidden_RD.grad, case.truth[objective])
@@ -267,8 +271,8 @@ def main() -> None:
         for name, samples in seconds.items():
             peaks[name] = results[name] or host_peak_mib(case, calls[name])
             row = base | measured(name, samples, shape, seconds.get("bare_gemms")) | {"peak_mib": peaks[name]}
-            if error := error_of(case, name):
-                row["note"] += f"; off by {error}"
+            if case.errors[name]:
+                row["note"] += f"; off by {case.errors[name]}"
             rows.append(options.csv, [row])
             print(f"{name:28} {row['median_ms']:>9} ms  {peaks[name]:>8} MiB  {row['note']}")
 

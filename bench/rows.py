@@ -87,10 +87,8 @@ def alternate(
             for i in range(repeats):
                 for name in [name for name in calls if name not in errors]:
                     try:
-                        if i == 0:
-                            calls[
-                                name
-                            ]()  # warm-up; the first timing follows at once, so that a limit met later costs nothing
+                        if i == 0:  # warm-up; the first timing follows at once, so that a limit met later costs nothing
+                            calls[name]()
                         spent, results[name] = timed(calls[name])
                     except Exception as error:
                         print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)

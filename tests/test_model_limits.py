@@ -9,17 +9,17 @@ from conftest import make_tiny_model
 
 from ampo_fast.config import ModelConfig
 from ampo_fast.model import Policy
-from ampo_fast.model_limits import rope_limit, why_window_is_lost
+from ampo_fast.model_limits import rope_limit, usable_length, why_window_is_lost
 from ampo_fast.packing import pack_responses
 
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 8.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 
-def model_of(**config):
-    config = types.SimpleNamespace(max_position_embeddings=512, **config)
+def model_of(positions=512, **config):
+    config = types.SimpleNamespace(max_position_embeddings=positions, **config)
     config.get_text_config = lambda: config
-    return types.SimpleNamespace(config=config)
+    return types.SimpleNamespace(config=config, named_modules=list)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,13 @@ def model_of(**config):
 )
 def test_the_limit_is_that_of_the_rope_that_changes_first(config, limit):
     assert rope_limit(model_of(**config)) == limit
+
+
+def test_what_a_model_can_read_is_the_least_of_its_positions_and_its_ropes_limit():
+    assert usable_length(model_of()) == 512
+    assert usable_length(model_of(rope_parameters=LONGROPE)) == 64
+    assert usable_length(model_of(48, rope_parameters=LONGROPE)) == 48
+    assert usable_length(model_of(None)) is None
 
 
 @pytest.mark.parametrize("rope", [LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}, DYNAMIC])

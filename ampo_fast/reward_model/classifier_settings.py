@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
-from ampo_fast.model_limits import context_length, rope_limit
+from ampo_fast.model_limits import context_length, rope_limit, usable_length
 from ampo_fast.reward_model.config import RewardModelConfig
 
 log = logging.getLogger(__name__)
@@ -17,9 +16,9 @@ def token_limit(wanted: int | None, tokenizer: Any, model: Any) -> int:
 
     Of a rope that changes with the length no more than its first limit: one longer text would change the scores beside it.
     """
-    positions, rope = context_length(model), rope_limit(model)
     if wanted is None:
-        return min(tokenizer.model_max_length, positions or 512, rope[1] if rope else math.inf)
+        return min(tokenizer.model_max_length, usable_length(model) or 512)
+    positions, rope = context_length(model), rope_limit(model)
     if positions is not None and wanted > positions:
         raise ValueError(f"data.max_tokens = {wanted}, but it has {positions} positions; lower data.max_tokens")
     if rope and wanted > rope[1]:
